@@ -1,0 +1,5 @@
+"""`python -m tripletkit` is the `tripletkit` command."""
+
+from tripletkit.cli import main
+
+main()

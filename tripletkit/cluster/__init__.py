@@ -1,0 +1,1 @@
+"""What touches the scheduler: signals now, queue and launch later."""

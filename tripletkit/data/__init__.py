@@ -1,0 +1,1 @@
+"""From parquet files to memory-mapped embeddings, splits and difficulty bands."""

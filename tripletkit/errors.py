@@ -1,0 +1,53 @@
+"""The error family. Each class owns its exit code; the command line is the one boundary."""
+
+from __future__ import annotations
+
+# Exit codes are part of the interface (docs/reference/cli.md): scripts and jobs test them.
+DONE = 0
+
+
+class TripletkitError(Exception):
+    """A failure that we can explain: `message` says what and where, `hint` what to do about it."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+
+class RunError(TripletkitError):
+    """The run itself failed: no device, out of memory, a loss that is not a number."""
+
+    exit_code = 1
+
+
+class ConfigError(TripletkitError):
+    """A flag, a key or a value that cannot be used."""
+
+    exit_code = 2
+
+
+class DataError(TripletkitError):
+    """Input files that cannot be used: parquet, metadata, checkpoints."""
+
+    exit_code = 3
+
+
+class ClusterError(TripletkitError):
+    """The scheduler refused or cannot be reached."""
+
+    exit_code = 4
+
+
+class StorageError(TripletkitError):
+    """The study's storage cannot be reached or used."""
+
+    exit_code = 5
+
+
+class Interrupted(TripletkitError):
+    """Stopped by a signal after the state was saved."""
+
+    exit_code = 130

@@ -1,0 +1,1 @@
+"""The trainer: head, loss, bandit, sampler, retrieval metrics, checkpoints, loop."""
