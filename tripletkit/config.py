@@ -54,7 +54,8 @@ class Global(Section):
     seed: int = Field(42, ge=0, lt=2**31, description="Seed of every random draw.")
     log_dir: AbsolutePath = Field(Path("logs"), description="Folder of the job logs.")
     scratch_dir: AbsolutePath = Field(
-        Path("."), description="Fast disk with room; relative cache_dir and checkpoint_dir lie here."
+        Path(),
+        description="Fast disk with room; relative cache_dir and checkpoint_dir lie here.",
     )
 
 
@@ -313,6 +314,15 @@ class Config(Section):
     tuning: Tuning = Field(default_factory=Tuning)
     slurm: Slurm = Field(default_factory=Slurm)
 
+    @model_validator(mode="after")
+    def _start_from_data_needs_the_shortcut(self) -> Config:
+        if self.training.init != "random" and not self.training_model.use_residual:
+            raise ValueError(
+                f"training.init = {self.training.init!r} starts the head through its linear "
+                'shortcut: set training_model.use_residual = true or training.init = "random"'
+            )
+        return self
+
     @property
     def cache_dir(self) -> Path:
         """`paths.cache_dir`, below `global.scratch_dir` when relative."""
@@ -363,6 +373,15 @@ def dump(config: Config) -> str:
     return tomli_w.dumps(config.model_dump(mode="json", by_alias=True, exclude_none=True))
 
 
+def describe(config: Config) -> dict[str, Any]:
+    """The keys that shape a run's result, as plain values for trackers."""
+    return config.model_dump(
+        mode="json",
+        by_alias=True,
+        include={"global_": {"seed"}, "training_model": True, "training": True},
+    )
+
+
 def with_values(config: Config, **sections_: Mapping[str, Any]) -> Config:
     """A copy with some keys replaced, validated anew: `with_values(c, training={"margin": 1})`."""
     raw = config.model_dump(by_alias=True)
@@ -399,9 +418,14 @@ def template(values: Mapping[str, Mapping[str, object]] | None = None) -> str:
 def _toml_value(value: object) -> str:
     if isinstance(value, Path):
         value = str(value)
-    return tomli_w.dumps({"v": value}, multiline_strings=False).removeprefix("v = ").strip().replace(
-        "[\n    ", "["
-    ).replace(",\n    ", ", ").replace(",\n]", "]")
+    return (
+        tomli_w.dumps({"v": value}, multiline_strings=False)
+        .removeprefix("v = ")
+        .strip()
+        .replace("[\n    ", "[")
+        .replace(",\n    ", ", ")
+        .replace(",\n]", "]")
+    )
 
 
 def _read_file(path: Path) -> dict[str, Any]:
@@ -421,7 +445,9 @@ def _read_file(path: Path) -> dict[str, Any]:
             near = difflib.get_close_matches(name, known, 1)
             logger.warning(
                 "%s: section [%s] is not one of ours and is ignored%s",
-                path, name, f" (did you mean [{near[0]}]?)" if near else "",
+                path,
+                name,
+                f" (did you mean [{near[0]}]?)" if near else "",
             )
             del raw[name]
         elif not isinstance(table, dict):
@@ -469,7 +495,9 @@ def _from_flags(overrides: Sequence[str]) -> list[tuple[str, str, str, str]]:
         section, key, value = match.groups()
         if section not in sections():
             near = difflib.get_close_matches(section, sections(), 1, cutoff=0)[0]
-            raise ConfigError(f"--set {text}: no section {section!r}", hint=f"did you mean {near!r}?")
+            raise ConfigError(
+                f"--set {text}: no section {section!r}", hint=f"did you mean {near!r}?"
+            )
         _check_key(section, key.partition(".")[0], f"--set {text}")
         found.append((section, key, value, f"--set {text}"))
     return found
@@ -490,7 +518,9 @@ def _assign(raw: dict[str, Any], section: str, key: str, text: str) -> None:
     annotation = sections()[section].model_fields[name].annotation
     if _holds(annotation, list):
         value = _parse(text)
-        table[name] = value if isinstance(value, list) else [part.strip() for part in text.split(",")]
+        table[name] = (
+            value if isinstance(value, list) else [part.strip() for part in text.split(",")]
+        )
     elif _holds(annotation, dict):
         table[name] = _parse(text)
     elif text == "" and _holds(annotation, type(None)):

@@ -47,7 +47,7 @@ class StorageError(TripletkitError):
     exit_code = 5
 
 
-class Interrupted(TripletkitError):
+class Interrupted(TripletkitError):  # noqa: N818 - not an error
     """Stopped by a signal after the state was saved."""
 
     exit_code = 130

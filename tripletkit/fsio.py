@@ -79,8 +79,10 @@ def remove_leftovers(folder: Path, pattern: str) -> None:
 
 
 @contextlib.contextmanager
-def exclusive_lock(path: Path) -> Iterator[None]:
+def exclusive_lock(path: Path, *, wait: bool = True) -> Iterator[bool]:
     """Hold `path` as a lock; the kernel frees it when its holder dies, however it dies.
+
+    Yields whether the lock is ours; without `wait` it is not when another process holds it.
 
     A file system without locks gets a warning and no lock: callers publish by rename, so the
     worst case there is work done twice.
@@ -92,11 +94,14 @@ def exclusive_lock(path: Path) -> Iterator[None]:
         except OSError as error:
             if error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
                 logger.warning("no file locks on the file system of %s: going on without", path)
-                yield
+                yield True
+                return
+            if not wait:
+                yield False
                 return
             logger.info("another process holds %s: waiting for it", path)
             fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        yield True
 
 
 def digest(parts: Iterable[bytes | str]) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from rich.console import Console
@@ -16,8 +18,8 @@ out = Console(highlight=False)
 err = Console(stderr=True, highlight=False)
 
 
-def setup(log_file: Path | None = None, *, verbose: bool = False) -> None:
-    """Send log records to stderr and, if given, append them to `log_file`. Safe to call again."""
+def setup(*, verbose: bool = False) -> None:
+    """Send log records to stderr. Safe to call again."""
     from rich.logging import RichHandler
 
     for handler in logger.handlers[:]:
@@ -25,19 +27,61 @@ def setup(log_file: Path | None = None, *, verbose: bool = False) -> None:
         handler.close()
     handler: logging.Handler
     if err.is_terminal:
-        handler = RichHandler(console=err, show_path=False, markup=False, log_time_format="%H:%M:%S")
+        handler = RichHandler(
+            console=err, show_path=False, markup=False, log_time_format="%H:%M:%S"
+        )
         handler.setFormatter(logging.Formatter(_prefix() + "%(message)s"))
     else:
         handler = logging.StreamHandler(sys.stderr)
         handler.setFormatter(_plain())
     logger.addHandler(handler)
-    if log_file is not None:
-        log_file.parent.mkdir(parents=True, exist_ok=True)
-        to_file = logging.FileHandler(log_file)
-        to_file.setFormatter(_plain())
-        logger.addHandler(to_file)
     logger.setLevel(logging.DEBUG if verbose else logging.INFO)
     logger.propagate = False
+
+
+@contextlib.contextmanager
+def also_to(*files: Path | None) -> Iterator[None]:
+    """Append log records to these files too, for the length of the block."""
+    with contextlib.ExitStack() as stack:
+        for path in files:
+            if path is not None:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                handler = logging.FileHandler(path)
+                handler.setFormatter(_plain())
+                logger.addHandler(handler)
+                stack.callback(handler.close)
+                stack.callback(logger.removeHandler, handler)
+        yield
+
+
+@contextlib.contextmanager
+def progress(total: int, description: str) -> Iterator[Callable[[int, str], None]]:
+    """A bar with rate and time left on a terminal, nothing elsewhere.
+
+    Yields `update(completed, description)`.
+    """
+    if not err.is_terminal:
+        yield _silent
+        return
+    from rich import progress as bars
+
+    columns = (
+        bars.TextColumn("{task.description}"),
+        bars.BarColumn(),
+        bars.MofNCompleteColumn(),
+        bars.TimeRemainingColumn(),
+    )
+    with bars.Progress(*columns, console=err, transient=True) as bar:
+        task = bar.add_task(description, total=total)
+
+        def update(completed: int, description: str) -> None:
+            bar.update(task, completed=completed, description=description)
+
+        yield update
+
+
+def _silent(completed: int, description: str) -> None:
+    """An `update` that shows nothing."""
 
 
 def _plain() -> logging.Formatter:

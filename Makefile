@@ -1,0 +1,43 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+READY := $(VENV)/.ready
+
+.PHONY: help demo test lint bench ablation clean
+
+help:  ## Show this list
+	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+
+demo: $(READY)  ## The whole job on real data made from fonts
+	$(BIN)/tripletkit demo
+
+test: lint  ## Every check and test
+	$(BIN)/python -m pytest
+
+lint: $(READY)  ## Formatting, lint, types, layers
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(READY)  ## Speed and memory, as ratios
+	$(BIN)/python -m tests.benchmarks
+
+ablation: $(READY)  ## Rebuild docs/ablation.md (about an hour on two cores)
+	$(BIN)/python -m tests.benchmarks.ablation
+
+clean:  ## Remove the virtual environment and the demo
+	rm -rf $(VENV) demo
+
+# Debian ships venv apart from Python; root may install it.
+$(READY): pyproject.toml .ci/constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo "tripletkit needs Python 3.11 or newer; name one with make PYTHON=python3.11"; exit 2; }
+	@$(PYTHON) -c 'import ensurepip, venv' 2>/dev/null || { \
+	    echo "python3-venv is missing; installing it (needs root)"; \
+	    apt-get update -qq && apt-get install -y -qq python3-venv; }
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet -c .ci/constraints.txt -e '.[test]'
+	@touch $@

@@ -1,0 +1,194 @@
+"""Configuration: precedence, typo errors, round trips."""
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tripletkit import config
+from tripletkit.errors import ConfigError
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+def write(folder: Path, text: str) -> Path:
+    path = folder / "config.toml"
+    path.write_text(text)
+    return path
+
+
+def refused(path: Path | None = None, overrides=(), environ=None) -> ConfigError:
+    with pytest.raises(ConfigError) as caught:
+        config.load(path, overrides, environ or {})
+    assert caught.value.exit_code == 2
+    return caught.value
+
+
+def test_command_line_beats_environment_beats_file_beats_default(tmp_path):
+    path = write(tmp_path, "[training]\nmargin = 0.1\nbatch_size = 7\nnum_epochs = 3\n")
+    environ = {"TRIPLET_TRAINING_MARGIN": "0.2", "TRIPLET_TRAINING_BATCH_SIZE": "8"}
+    loaded = config.load(path, ["training.margin=0.3"], environ).training
+    assert (loaded.margin, loaded.batch_size, loaded.num_epochs) == (0.3, 8, 3)
+    assert loaded.weight_decay == config.Training().weight_decay
+
+
+def test_environment_alone_is_enough(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    loaded = config.load(environ={"TRIPLET_TRAINING_TRAIN_PARQUET_PATH": "/data/train.parquet"})
+    assert loaded.paths.train_parquet_path == Path("/data/train.parquet")
+
+
+def test_config_toml_of_the_current_folder_is_read_without_being_named(tmp_path, monkeypatch):
+    write(tmp_path, "[global]\nseed = 7\n")
+    monkeypatch.chdir(tmp_path)
+    assert config.load(environ={}).global_.seed == 7
+
+
+def test_every_key_lives_in_one_section_only():
+    """So that TRIPLET_TRAINING_<KEY> names one key."""
+    keys = [key for model in config.sections().values() for key in model.model_fields]
+    assert len(keys) == len(set(keys))
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("1, 5,10", [1, 5, 10]), ("[1, 5, 10]", [1, 5, 10]), ("10", [10])],
+)
+def test_lists_are_written_with_commas_or_as_toml(text, expected):
+    for loaded in (
+        config.load(None, [f"training.retrieval_metric_top_k={text}"], {}),
+        config.load(None, (), {"TRIPLET_TRAINING_RETRIEVAL_METRIC_TOP_K": text}),
+    ):
+        assert loaded.training.retrieval_metric_top_k == expected
+
+
+def test_text_stays_text_even_if_it_looks_like_a_number():
+    assert config.load(None, ["tuning.study_name=2024"], {}).tuning.study_name == "2024"
+
+
+def test_mistyped_key_names_file_section_key_and_the_nearest(tmp_path):
+    path = write(tmp_path, "[training]\nlearning_rat = 0.1\n")
+    error = refused(path)
+    assert error.message == f"{path}, section [training]: there is no key 'learning_rat'"
+    assert error.hint == "did you mean 'learning_rate'?"
+
+
+def test_key_in_the_wrong_section_is_told_its_own(tmp_path):
+    assert refused(write(tmp_path, "[training]\nhidden_dim = 3\n")).hint == (
+        "'hidden_dim' belongs to [training_model]"
+    )
+
+
+def test_mistyped_environment_variable_names_the_nearest():
+    error = refused(environ={"TRIPLET_TRAINING_LERNING_RATE": "1"})
+    assert "TRIPLET_TRAINING_LERNING_RATE" in error.message
+    assert error.hint == "did you mean TRIPLET_TRAINING_LEARNING_RATE?"
+
+
+def test_unknown_section_is_a_warning_because_files_are_shared(tmp_path, caplog):
+    config.logger.propagate = True
+    loaded = config.load(write(tmp_path, "[trainin]\nx = 1\n[clustering]\ny = 2\n"), (), {})
+    assert loaded == config.load(None, (), {}) or loaded == config.Config()
+    assert [r.getMessage().split(": ", 1)[1] for r in caplog.records] == [
+        "section [trainin] is not one of ours and is ignored (did you mean [training]?)",
+        "section [clustering] is not one of ours and is ignored",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("override", "where", "what"),
+    [
+        ("training.margin=-1", "--set training.margin=-1", "greater than 0"),
+        ("training.margin=nan", "--set training.margin=nan", "finite"),
+        ("training.batch_size=2.5", "--set training.batch_size=2.5", "integer"),
+        ("training.negative_sampler=hard", "--set training.negative_sampler=hard", "pattern"),
+        ("training.monitor=recall@7", "[training]", "7 is not in retrieval_metric_top_k"),
+        ("training_model.use_residual=false", "", "set training_model.use_residual = true"),
+        ("training.retrieval_metric_top_k=1,x", "top_k=1,x", "valid integer"),
+    ],
+)
+def test_bad_value_names_where_it_came_from(override, where, what):
+    message = refused(overrides=[override]).message
+    assert where in message
+    assert what in message
+
+
+@pytest.mark.parametrize(
+    ("override", "hint"),
+    [("trainin.margin=1", "did you mean 'training'?"), ("training.margn=1", "did you mean 'margin'?")],
+)
+def test_mistyped_override_names_the_nearest(override, hint):
+    assert refused(overrides=[override]).hint == hint
+
+
+def test_override_must_have_a_value():
+    assert "section.key=value" in refused(overrides=["training.margin"]).message
+
+
+def test_broken_toml_missing_file_and_folder_are_explained(tmp_path):
+    assert "not valid TOML" in refused(write(tmp_path, "[training\n")).message
+    assert refused(tmp_path / "nowhere.toml").hint == "`tripletkit init` writes one"
+    assert "cannot read" in refused(tmp_path).message
+
+
+def test_home_and_variables_expand_in_paths_and_unset_ones_wait(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ada")
+    monkeypatch.setenv("PLACE", "/scratch/ada")
+    monkeypatch.delenv("SLURM_TMPDIR", raising=False)
+    paths = config.load(
+        None,
+        [
+            "paths.train_parquet_path=~/a.parquet",
+            "paths.val_parquet_path=$PLACE/b.parquet",
+            "paths.test_parquet_path=$SLURM_TMPDIR/c.parquet",
+        ],
+        {},
+    ).paths
+    assert paths.train_parquet_path == Path("/home/ada/a.parquet")
+    assert paths.val_parquet_path == Path("/scratch/ada/b.parquet")
+    assert paths.test_parquet_path == Path("$SLURM_TMPDIR/c.parquet")
+
+
+def test_relative_run_folders_lie_on_scratch():
+    loaded = config.load(None, ["global.scratch_dir=/scratch", "paths.cache_dir=c"], {})
+    assert loaded.cache_dir == Path("/scratch/c")
+    assert loaded.checkpoint_dir == Path("/scratch/checkpoints")
+    absolute = config.load(None, ["global.scratch_dir=/scratch", "paths.cache_dir=/c"], {})
+    assert absolute.cache_dir == Path("/c")
+
+
+def test_one_range_of_the_search_space_can_be_changed_alone():
+    space = config.load(None, ["tuning.space.margin.high=3"], {}).tuning.space
+    assert space["margin"] == config.FloatRange(type="float", low=0.1, high=3)
+    assert space.keys() == config.DEFAULT_SPACE.keys()
+
+
+@given(
+    margin=st.floats(1e-6, 1e3),
+    seed=st.integers(0, 2**31 - 1),
+    name=st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=20),
+    top_k=st.lists(st.integers(1, 10**6), min_size=1, max_size=5),
+)
+def test_effective_configuration_survives_the_round_trip(tmp_path_factory, margin, seed, name, top_k):
+    path = tmp_path_factory.mktemp("c") / "config.toml"
+    loaded = config.with_values(
+        config.Config(),
+        training={"margin": margin, "retrieval_metric_top_k": top_k},
+        tuning={"study_name": name},
+        global_={"seed": seed},
+    )
+    path.write_text(config.dump(loaded))
+    assert config.load(path, (), {}) == loaded
+
+
+def test_template_is_the_defaults_and_names_every_key(tmp_path):
+    text = config.template()
+    assert config.load(write(tmp_path, text), (), {}) == config.Config()
+    for model in config.sections().values():
+        for key in model.model_fields.keys() - {"space"}:
+            assert f"\n{key} = " in text or f"\n# {key} =" in text
+
+
+def test_config_toml_of_the_repository_is_the_template():
+    assert (REPOSITORY / "config.toml").read_text() == config.template()

@@ -1,0 +1,54 @@
+"""Files that are whole or absent, and locks that die with their holder."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from tripletkit import fsio
+
+
+def test_atomic_write_publishes_at_the_end(tmp_path):
+    path = tmp_path / "sub" / "a.bin"
+    with fsio.atomic_write(path) as file:
+        file.write(b"new")
+        assert not path.exists()
+    assert path.read_bytes() == b"new"
+    assert os.listdir(path.parent) == ["a.bin"]
+
+
+def test_failed_write_leaves_the_old_file_and_no_rest(tmp_path):
+    path = tmp_path / "a.txt"
+    fsio.write_text(path, "old")
+    with pytest.raises(RuntimeError), fsio.atomic_write(path, "w") as file:
+        file.write("half of the n")
+        raise RuntimeError
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["a.txt"]
+
+
+def test_digest_depends_on_borders_and_order():
+    keys = {fsio.digest(parts) for parts in (["ab", "c"], ["a", "bc"], ["c", "ab"], ["abc"], [])}
+    assert len(keys) == 5
+    assert fsio.digest([b"ab", "c"]) == fsio.digest(["ab", b"c"])
+
+
+def test_lock_is_free_again_when_its_holder_is_killed(tmp_path):
+    lock = tmp_path / "lock"
+    code = (
+        "import sys, time, pathlib\nfrom tripletkit import fsio\n"
+        "with fsio.exclusive_lock(pathlib.Path(sys.argv[1])):\n"
+        "    print('held', flush=True)\n    time.sleep(60)\n"
+    )
+    holder = subprocess.Popen([sys.executable, "-c", code, str(lock)], stdout=subprocess.PIPE)
+    assert holder.stdout is not None
+    with holder, holder.stdout as output:
+        assert output.readline() == b"held\n"
+        with fsio.exclusive_lock(lock, wait=False) as ours:
+            assert not ours
+        holder.send_signal(signal.SIGKILL)
+        holder.wait()
+        with fsio.exclusive_lock(lock, wait=False) as ours:
+            assert ours

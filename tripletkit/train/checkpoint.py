@@ -1,0 +1,71 @@
+"""Checkpoints: whole or absent, loaded without running code, refused by name when unfit."""
+
+from __future__ import annotations
+
+import pickle
+import zipfile
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tripletkit import fsio
+from tripletkit.errors import DataError
+from tripletkit.log import logger
+
+FORMAT = 1
+
+Checkpoint = dict[str, Any]
+
+
+def save(checkpoint: Checkpoint, *paths: Path) -> None:
+    """Write one state under several names, each atomically."""
+    for path in paths:
+        with fsio.atomic_write(path) as file:
+            torch.save({"format_version": FORMAT, **checkpoint}, file)
+
+
+def load(path: Path) -> Checkpoint:
+    """Read a checkpoint onto the CPU. Raises DataError for anything but a good one."""
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError:
+        raise DataError(f"there is no checkpoint {path}") from None
+    except pickle.UnpicklingError as error:
+        raise DataError(
+            f"{path} holds more than tensors and plain values, or is no checkpoint at all: "
+            f"{str(error).splitlines()[0]}",
+            hint="it is not loaded, since that could run code",
+        ) from None
+    except (RuntimeError, EOFError, OSError, zipfile.BadZipFile, ValueError, KeyError) as error:
+        raise DataError(
+            f"{path} is torn or not a checkpoint: {str(error).splitlines()[0]}",
+            hint='delete it; resume_from_checkpoint = "auto" takes the newest good one',
+        ) from None
+    if not isinstance(checkpoint, dict) or "model_state_dict" not in checkpoint:
+        raise DataError(f"{path} has no model_state_dict: not a checkpoint of a projection head")
+    if checkpoint.get("format_version", 0) > FORMAT:
+        raise DataError(
+            f"{path} has format {checkpoint['format_version']}, this tripletkit reads {FORMAT}",
+            hint="upgrade tripletkit",
+        )
+    return checkpoint
+
+
+def newest(paths: Iterable[Path]) -> tuple[Path, Checkpoint] | None:
+    """The good checkpoint that got furthest; torn ones are named and passed over."""
+    best: tuple[Path, Checkpoint] | None = None
+    for path in paths:
+        try:
+            checkpoint = load(path)
+        except DataError as error:
+            logger.warning("%s", error.message)
+            continue
+        if best is None or _progress(checkpoint) > _progress(best[1]):
+            best = path, checkpoint
+    return best
+
+
+def _progress(checkpoint: Checkpoint) -> tuple[int, bool]:
+    return checkpoint.get("global_step", -1), bool(checkpoint.get("finished"))

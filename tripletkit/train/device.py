@@ -1,0 +1,65 @@
+"""Where a run computes and in which precision; numpy arrays as tensors."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from tripletkit.errors import RunError
+
+
+def choose_device(wanted: str) -> torch.device:
+    """The device for "auto", "cpu", "cuda" or "cuda:N". Raises RunError if it is not there."""
+    if wanted == "auto":
+        wanted = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(wanted)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "a CPU-only build"
+        raise RunError(
+            f"device is {wanted!r} but PyTorch sees no GPU "
+            f"(torch {torch.__version__} is {built}; "
+            f"CUDA_VISIBLE_DEVICES={os.environ.get('CUDA_VISIBLE_DEVICES', 'not set')})",
+            hint="ask for a GPU in the job, install a CUDA build of torch, or set "
+            'training.device = "cpu"',
+        )
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise RunError(f"device is {wanted!r} but there are {torch.cuda.device_count()} GPUs")
+    return device
+
+
+def choose_precision(wanted: str, device: torch.device) -> torch.dtype:
+    """float32 or bfloat16. On a CPU, auto is fp32."""
+    if wanted == "auto":
+        fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.bfloat16 if fast else torch.float32
+    return torch.bfloat16 if wanted == "bf16" else torch.float32
+
+
+def make_deterministic(device: torch.device) -> None:
+    """The same inputs give the same bits: needed for exact resume, free in our step."""
+    if device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+    # Filling fresh memory with NaN costs bandwidth and catches nothing here.
+    torch.utils.deterministic.fill_uninitialized_memory = False
+
+
+def seed_dropout(device: torch.device, key: int) -> None:
+    """Seed torch's own generator, which only dropout uses, for the coming step."""
+    if device.type == "cuda":
+        torch.cuda.default_generators[device.index or 0].manual_seed(key)
+    else:
+        torch.default_generator.manual_seed(key)
+
+
+def as_tensor(array: NDArray[Any]) -> Tensor:
+    """A tensor over the same memory, which may be a read-only map: never write to it."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writ", UserWarning)
+        return torch.from_numpy(np.asarray(array))

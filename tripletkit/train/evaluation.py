@@ -1,0 +1,116 @@
+"""A head's numbers on one split: projection, fixed validation triplets, retrieval metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tripletkit.config import Training
+from tripletkit.data.bands import Bands
+from tripletkit.data.store import Store
+from tripletkit.train import rng
+from tripletkit.train.bandit import Bandit
+from tripletkit.train.device import as_tensor
+from tripletkit.train.head import Head
+from tripletkit.train.loss import triplet_loss
+from tripletkit.train.retrieval import retrieve, summarize
+from tripletkit.train.sampler import TripletIndex
+from tripletkit.train.table import row_batches
+
+
+@torch.no_grad()
+def project(head: Head, table: Tensor, rows: Tensor, precision: torch.dtype) -> Tensor:
+    """The head's output for `rows` [n] of `table`, float32 [n, d] on the head's device."""
+    device = next(head.parameters()).device
+    trained = head.training
+    head.eval()
+    parts = []
+    for part in row_batches(rows, table.shape[1]):
+        x = torch.index_select(table, 0, part.to(table.device)).to(device)
+        if precision is torch.float32:
+            parts.append(head(x.float()))
+        else:
+            with torch.autocast(device.type, dtype=precision):
+                parts.append(head(x))
+    head.train(trained)
+    return torch.cat(parts)
+
+
+class Evaluation:
+    """One split, ready to be asked again and again: its triplets and queries stay the same."""
+
+    def __init__(
+        self,
+        store: Store,
+        bands: Bands | None,
+        section: Training,
+        *,
+        seed: int,
+        device: torch.device,
+        precision: torch.dtype,
+    ) -> None:
+        self.section = section
+        self.seed = seed
+        self.device = device
+        self.precision = precision
+        self.table = as_tensor(store.embeddings)
+        rows = np.sort(store.by_building)
+        self.rows = as_tensor(rows)
+        self.building = as_tensor(store.building[rows]).long()
+
+        index = TripletIndex(store, bands, torch.device("cpu"))
+        uniform = section.model_copy(update={"negative_sampler": "uniform"})
+        draw = index.draw(
+            index.anchors,
+            torch.arange(len(index.anchors)),
+            rng.key(seed, rng.VALIDATION),
+            Bandit(uniform, index.bands, torch.device("cpu")),
+        )
+        place = np.zeros(len(store.building), dtype=np.int64)
+        place[rows] = np.arange(len(rows))
+        self.triplets = as_tensor(place)[torch.stack(draw[:3])]
+
+    def raw(self) -> dict[str, float]:
+        """Retrieval metrics of the embeddings as they are: the baseline."""
+        return self._retrieval(torch.index_select(self.table, 0, self.rows).to(self.device))
+
+    def of(self, head: Head) -> dict[str, float]:
+        """val_loss on the fixed triplets and the retrieval metrics of the head's output."""
+        projected = project(head, self.table, self.rows, self.precision)
+        return {"val_loss": self._loss(projected), **self._retrieval(projected)}
+
+    def _loss(self, projected: Tensor) -> float:
+        total = 0.0
+        for part in self.triplets.split(2**16, dim=1):
+            anchor, positive, negative = projected[part.to(self.device)]
+            loss = triplet_loss(
+                anchor,
+                positive,
+                negative,
+                margin=self.section.margin,
+                distance=self.section.loss_distance,
+            )
+            total += float(loss.sum(dtype=torch.float64))
+        return total / self.triplets.shape[1]
+
+    def _retrieval(self, embeddings: Tensor) -> dict[str, float]:
+        result = retrieve(
+            embeddings,
+            self.building.to(self.device),
+            max_queries=self.section.retrieval_metric_max_queries,
+            seed=self.seed,
+        )
+        return summarize(result, self.section.retrieval_metric_top_k)
+
+
+def better(metric: str, value: float, than: float | None) -> bool:
+    """Whether `value` of `metric` improves on the best so far; losses fall, the rest rises."""
+    return than is None or (value < than if metric == "val_loss" else value > than)
+
+
+def metric_names(metrics: Mapping[str, float]) -> list[str]:
+    """The retrieval metrics in a result, in order, without counts and losses."""
+    return [name for name in metrics if name not in ("val_loss", "queries")]

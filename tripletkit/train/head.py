@@ -1,0 +1,73 @@
+"""The projection head: an MLP with a linear shortcut and a unit-length output."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tripletkit.config import TrainingModel
+from tripletkit.train.init import LinearStart
+
+ACTIVATIONS = {"gelu": F.gelu, "silu": F.silu, "relu": F.relu}
+NARROWEST = 16  # hidden_dim_multiplier never makes a layer narrower than this
+
+
+def hidden_dims(section: TrainingModel) -> list[int]:
+    """Widths of the hidden layers."""
+    dims = [section.hidden_dim]
+    for _ in range(1, section.num_hidden_layers):
+        dims.append(max(NARROWEST, round(dims[-1] * section.hidden_dim_multiplier)))
+    return dims
+
+
+class Head(nn.Module):
+    """[B, input_dim] -> [B, output_dim], float32, unit length.
+
+    The parameter names are an interface: checkpoints of earlier trainers carry them.
+    """
+
+    def __init__(self, section: TrainingModel, input_dim: int) -> None:
+        super().__init__()
+        dims = hidden_dims(section)
+        norm = nn.LayerNorm if section.use_layer_norm else nn.Identity
+        self.activation = ACTIVATIONS[section.activation]
+        self.dropout = section.dropout
+        self.input_layer = nn.Linear(input_dim, dims[0])
+        self.input_norm = norm(dims[0])
+        self.hidden_layers = nn.ModuleList(
+            nn.Linear(wide, narrow) for wide, narrow in pairwise(dims)
+        )
+        self.hidden_norms = nn.ModuleList(norm(dim) for dim in dims[1:])
+        self.output_layer = nn.Linear(dims[-1], section.output_dim)
+        self.output_norm = norm(section.output_dim)
+        self.residual_proj = (
+            nn.Linear(input_dim, section.output_dim) if section.use_residual else None
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Project rows of embeddings."""
+        h = self._block(self.input_norm(self.input_layer(x)))
+        for layer, norm in zip(self.hidden_layers, self.hidden_norms, strict=True):
+            h = self._block(norm(layer(h)))
+        y = F.dropout(self.output_norm(self.output_layer(h)), self.dropout, self.training)
+        if self.residual_proj is not None:
+            y = y + self.residual_proj(x)
+        return F.normalize(y.float(), dim=-1)
+
+    def _block(self, h: Tensor) -> Tensor:
+        return F.dropout(self.activation(h), self.dropout, self.training)
+
+    @torch.no_grad()
+    def start_linear(self, start: LinearStart) -> None:
+        """Start as a linear map of the input: the shortcut holds it, the MLP adds nothing."""
+        assert self.residual_proj is not None
+        self.residual_proj.weight.copy_(start.weight)
+        self.residual_proj.bias.copy_(start.bias)
+        silent = (
+            self.output_layer if isinstance(self.output_norm, nn.Identity) else self.output_norm
+        )
+        for parameter in silent.parameters():
+            parameter.zero_()

@@ -1,0 +1,364 @@
+"""The training loop. It knows neither Slurm nor Optuna: they come in as two callables."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+
+from tripletkit import config as configuration
+from tripletkit import fsio, log
+from tripletkit.config import Config
+from tripletkit.data.bands import Bands
+from tripletkit.data.store import Store
+from tripletkit.errors import ConfigError, RunError
+from tripletkit.log import logger
+from tripletkit.paths import RunPaths
+from tripletkit.train import rng, state
+from tripletkit.train.bandit import Bandit
+from tripletkit.train.device import choose_device, choose_precision, make_deterministic
+from tripletkit.train.evaluation import Evaluation, better, metric_names
+from tripletkit.train.head import Head
+from tripletkit.train.init import linear_start
+from tripletkit.train.sampler import TripletIndex
+from tripletkit.train.state import Pieces, Progress
+from tripletkit.train.step import LOSS, PULLS, REWARD, VIOLATIONS, DeviceStep, HostStep, Learner
+from tripletkit.train.table import choose_placement, load_table
+from tripletkit.train.trackers import MetricsFile, Tracker, open_trackers
+
+Report = Callable[[int, Mapping[str, float]], None]
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a run trains on and validates with."""
+
+    train: Store
+    bands: Bands | None = None
+    val: Store | None = None
+    val_bands: Bands | None = None
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How a run ended. `raw` and `best_*` are empty without validation data."""
+
+    status: Literal["finished", "stopped"]
+    epochs: int
+    metrics: Mapping[str, float]
+    raw: Mapping[str, float]
+    best_metrics: Mapping[str, float]
+    best_epoch: int | None
+
+
+def train(
+    config: Config,
+    data: Data,
+    paths: RunPaths,
+    *,
+    report: Report | None = None,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> TrainResult:
+    """Train a projection head, or go on where an earlier process stopped.
+
+    `report(epoch, metrics)` is called after every validation, also of the untrained head (epoch
+    0), and may raise to end the run. `should_stop()` is asked before every step; when it says yes
+    the state goes to checkpoint_last.pt and the result's status is "stopped".
+
+    The same configuration and data give the same bytes, however often the run is interrupted.
+    Raises ConfigError, DataError or RunError.
+    """
+    with fsio.exclusive_lock(paths.lock, wait=False) as ours:
+        if not ours:
+            raise RunError(
+                f"another process is training in {paths.root}",
+                hint="wait for it, or give this run its own paths.checkpoint_dir",
+            )
+        found = state.find(config, paths)
+        pieces = assemble(config, data, fresh=found is None)
+        progress = state.restore(pieces, *found) if found else Progress()
+        fsio.write_text(paths.config, configuration.dump(config))
+        file = MetricsFile(paths.metrics, progress.metrics_bytes)
+        settings = configuration.describe(config)
+        with file, open_trackers(config.logging, paths, settings) as trackers:
+            run = _Run(pieces, progress, paths, file, trackers, report)
+            return run.go(should_stop)
+
+
+def assemble(config: Config, data: Data, *, fresh: bool) -> Pieces:
+    """Build the working parts; a `fresh` head starts from the data if so configured."""
+    section, seed = config.training, config.global_.seed
+    device = choose_device(section.device)
+    precision = choose_precision(section.precision, device)
+    make_deterministic(device)
+    _check_sampler(section.negative_sampler, data.bands)
+
+    input_dim = data.train.embeddings.shape[1]
+    model_section = config.training_model.model_copy(update={"input_dim": input_dim})
+    torch.manual_seed(rng.key(seed, rng.INIT) % 2**63)
+    head = Head(model_section, input_dim)
+    if fresh and section.init != "random":
+        head.start_linear(
+            linear_start(
+                data.train,
+                section.init,
+                model_section.output_dim,
+                config.cache_dir,
+                seed=seed,
+                device=device,
+            )
+        )
+    head.to(device)
+
+    resident = choose_placement(section.placement, data.train, device) == "device"
+    home = device if resident else torch.device("cpu")
+    index = TripletIndex(data.train, data.bands, home)
+    bandit = Bandit(section, index.bands, home)
+    learner = Learner(head, section, bandit, precision)
+    step = (DeviceStep if resident else HostStep)(learner, index, load_table(data.train, home))
+    evaluation = None
+    if data.val is not None:
+        evaluation = Evaluation(
+            data.val, data.val_bands, section, seed=seed, device=device, precision=precision
+        )
+    else:
+        logger.info("no validation data: no best epoch, no early stopping")
+    return Pieces(
+        config=config,
+        model_section=model_section,
+        fingerprints={"train": data.train.fingerprint},
+        bandit=bandit,
+        learner=learner,
+        step=step,
+        evaluation=evaluation,
+    )
+
+
+class _Run:
+    """One process's share of a run: `go` is the loop, the rest are its parts."""
+
+    def __init__(
+        self,
+        pieces: Pieces,
+        progress: Progress,
+        paths: RunPaths,
+        file: MetricsFile,
+        trackers: list[Tracker],
+        report: Report | None,
+    ) -> None:
+        self.pieces = pieces
+        self.section = pieces.config.training
+        self.progress = progress
+        self.paths = paths
+        self.file = file
+        self.trackers = trackers
+        self.report = report
+        self.saved_at = time.monotonic()
+
+    def go(self, should_stop: Callable[[], bool]) -> TrainResult:
+        """Train until the last epoch, early stopping, or a request to stop."""
+        progress = self.progress
+        if not progress.evaluated_start:
+            self._evaluate_start()
+        while not progress.early_stopped and progress.epoch < self.section.num_epochs:
+            if not self._train_epoch(should_stop):
+                return self._result("stopped")
+            self._end_epoch()
+        if not progress.finished:
+            progress.finished = True
+            self._save(self.paths.final)
+            self.paths.last.unlink(missing_ok=True)
+        self._conclude()
+        return self._result("finished")
+
+    def _evaluate_start(self) -> None:
+        """Epoch 0: the raw embeddings and the untrained head, which may turn out the best."""
+        progress = self.progress
+        progress.evaluated_start = True
+        record: dict[str, Any] = {"epoch": 0, "step": 0}
+        if self.pieces.evaluation is not None:
+            progress.raw = self.pieces.evaluation.raw()
+            record["raw"] = progress.raw
+            logger.info("raw embeddings: %s", _shown(progress.raw))
+            record |= self._validate()
+        progress.metrics_bytes = self.file.append(record)
+        if self.pieces.evaluation is not None:
+            self._save(self.paths.best)
+            self._tell({f"raw/{name}": value for name, value in progress.raw.items()})
+
+    def _train_epoch(self, should_stop: Callable[[], bool]) -> bool:
+        """Run the rest of the current epoch; False if asked to stop, with the state saved."""
+        progress, section, step = self.progress, self.section, self.pieces.step
+        anchors, epoch = self.pieces.anchors, progress.epoch + 1
+        label = f"epoch {epoch}/{section.num_epochs}"
+        step.begin(self.pieces.config.global_.seed, epoch, progress.place)
+        clock, since = time.monotonic(), progress.place
+        with log.progress(anchors, label) as update:
+            while step.place < anchors:
+                if should_stop():
+                    self._save(self.paths.last)
+                    logger.info("asked to stop: saved %s, anchor %d", label, step.place)
+                    return False
+                step()
+                progress.place = step.place
+                progress.global_step += 1
+                if progress.global_step % section.log_every_n_batches == 0:
+                    rate = (step.place - since) / (time.monotonic() - clock)
+                    text = f"{label} loss {self._train_loss():.4f} {rate:,.0f} triplets/s"
+                    update(step.place, text)
+                    left = (anchors - step.place) / rate
+                    if not log.err.is_terminal:
+                        logger.info("%s %d/%d, %.0f s left", text, step.place, anchors, left)
+                if time.monotonic() - self.saved_at > 60 * section.checkpoint_every_minutes:
+                    self._save(self.paths.last)
+        step.finish()
+        return True
+
+    def _end_epoch(self) -> None:
+        """Validate, decide what is best and whether to go on, and write it all down."""
+        section, progress, tally = self.section, self.progress, self.pieces.learner.tally
+        progress.train_loss = self._train_loss()
+        progress.epoch += 1
+        progress.place = 0
+        record: dict[str, Any] = {
+            "epoch": progress.epoch,
+            "step": progress.global_step,
+            "train_loss": progress.train_loss,
+        }
+        validate = self.pieces.evaluation is not None and (
+            progress.epoch % section.validate_every_n_epochs == 0
+            or progress.epoch == section.num_epochs
+        )
+        if validate:
+            record |= self._validate()
+        record["bands"] = bands = _band_statistics(tally.tolist())
+        tally.zero_()
+        progress.metrics_bytes = self.file.append(record)
+
+        names = [self.paths.best] if progress.best_epoch == progress.epoch else []
+        if progress.epoch % section.save_every_n_epochs == 0:
+            names.append(self.paths.epoch(progress.epoch))
+        if names:
+            self._save(*names)
+        if validate:
+            self._tell(
+                {f"band_{n}/{i}": x for n, xs in bands.items() for i, x in enumerate(xs) if x}
+            )
+        else:
+            logger.info("epoch %d/%d %s", progress.epoch, section.num_epochs, self._losses())
+
+    def _validate(self) -> dict[str, float]:
+        """Evaluate the head and update what is best; returns the metrics."""
+        assert self.pieces.evaluation is not None
+        progress, monitor = self.progress, self.section.monitor
+        metrics = progress.metrics = self.pieces.evaluation.of(self.pieces.learner.head)
+        if better("val_loss", metrics["val_loss"], progress.best_val_loss):
+            progress.best_val_loss = metrics["val_loss"]
+            progress.best_val_epoch = progress.epoch
+        if better(monitor, metrics[monitor], progress.best_value):
+            progress.best_value = metrics[monitor]
+            progress.best_epoch = progress.epoch
+            progress.best_metrics = metrics
+            progress.waited = 0
+        else:
+            progress.waited += 1
+        progress.early_stopped = 0 < self.section.early_stopping_patience <= progress.waited
+        return metrics
+
+    def _tell(self, extra: Mapping[str, float]) -> None:
+        """Log the newest metrics and hand them to the trackers and the caller."""
+        progress = self.progress
+        logger.info(
+            "epoch %d/%d %s %s",
+            progress.epoch,
+            self.section.num_epochs,
+            self._losses(),
+            _shown(progress.metrics),
+        )
+        losses = {} if progress.train_loss is None else {"train_loss": progress.train_loss}
+        for track in self.trackers:
+            track(progress.epoch, {**progress.metrics, **losses, **extra})
+        if self.report is not None:
+            self.report(progress.epoch, progress.metrics)
+
+    def _losses(self) -> str:
+        progress = self.progress
+        losses = {"train_loss": progress.train_loss, "val_loss": progress.metrics.get("val_loss")}
+        return " ".join(f"{k} {v:.4f}" for k, v in losses.items() if v is not None)
+
+    def _train_loss(self) -> float:
+        """Mean loss of the epoch so far. Waits for the device. Raises RunError if not finite."""
+        tally = self.pieces.learner.tally.sum(0)
+        loss = float(tally[LOSS] / tally[PULLS])
+        if not math.isfinite(loss):
+            raise RunError(
+                f"the training loss became {loss} in epoch {self.progress.epoch + 1}, "
+                f"at or before step {self.progress.global_step}",
+                hint='lower training.learning_rate or set training.precision = "fp32"; '
+                f"the checkpoints in {self.paths.checkpoints} are from before",
+            )
+        return loss
+
+    def _save(self, *names: Any) -> None:
+        if self.progress.place:
+            self._train_loss()  # never save a head that has gone wrong
+        state.save(self.pieces, self.progress, *names)
+        self.saved_at = time.monotonic()
+
+    def _conclude(self) -> None:
+        """Say what the best is, also when that is the start."""
+        progress, monitor = self.progress, self.section.monitor
+        if progress.early_stopped:
+            logger.info("stopped early after %d epochs", progress.epoch)
+        if progress.best_epoch is not None:
+            logger.info("best %s %.4f, epoch %d", monitor, progress.best_value, progress.best_epoch)
+        if progress.best_epoch == 0 and progress.epoch > 0:
+            logger.warning(
+                "no epoch beat the untrained head in %s: checkpoint_best.pt is the start", monitor
+            )
+
+    def _result(self, status: Literal["finished", "stopped"]) -> TrainResult:
+        progress = self.progress
+        return TrainResult(
+            status=status,
+            epochs=progress.epoch,
+            metrics=progress.metrics,
+            raw=progress.raw,
+            best_metrics=progress.best_metrics,
+            best_epoch=progress.best_epoch,
+        )
+
+
+def _check_sampler(sampler: str, bands: Bands | None) -> None:
+    count = bands.count if bands else 0
+    if sampler.startswith("fixed:") and int(sampler.removeprefix("fixed:")) >= count:
+        there_are = f"the bands are 0 to {count - 1}" if count else "there are no bands"
+        raise ConfigError(f"negative_sampler is {sampler!r} but {there_are}")
+    if bands is None and sampler in ("ucb", "uniform"):
+        logger.warning(
+            "no difficulty_metadata_path, so every negative is random; "
+            "`tripletkit data bands` builds the bands"
+        )
+
+
+def _band_statistics(tally: list[list[float]]) -> dict[str, list[float | None]]:
+    """Per arm, the random one last: its share of the epoch, and means over its pulls."""
+    total = sum(row[PULLS] for row in tally)
+
+    def mean(column: int) -> list[float | None]:
+        return [row[column] / row[PULLS] if row[PULLS] else None for row in tally]
+
+    return {
+        "share": [row[PULLS] / total for row in tally],
+        "reward": mean(REWARD),
+        "loss": mean(LOSS),
+        "violation_rate": mean(VIOLATIONS),
+    }
+
+
+def _shown(metrics: Mapping[str, float]) -> str:
+    return " ".join(f"{name} {metrics[name]:.4f}" for name in metric_names(metrics))

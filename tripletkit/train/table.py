@@ -1,0 +1,62 @@
+"""Where the embedding table lies: in the device's memory, or on disk behind the page cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tripletkit.data.store import Store
+from tripletkit.log import logger
+from tripletkit.train.device import as_tensor
+
+# Share of free memory that a resident table may take; the rest is for the step and evaluation.
+SHARE = 0.7
+CHUNK_BYTES = 64 * 2**20
+
+
+def choose_placement(wanted: str, store: Store, device: torch.device) -> str:
+    """ "device" or "host". On a CPU, "device" is the memory map itself, without prefetching."""
+    if wanted != "auto":
+        return wanted
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _available_memory()
+    size = store.embeddings.nbytes
+    placement = "device" if size <= SHARE * free else "host"
+    logger.info(
+        "placement: %s (embeddings %.2f GB, free memory %.2f GB)", placement, size / 1e9, free / 1e9
+    )
+    return placement
+
+
+def load_table(store: Store, device: torch.device) -> Tensor:
+    """The embeddings [N, D] as a tensor on `device`; on a CPU it is the map, not a copy."""
+    mapped = as_tensor(store.embeddings)
+    if device.type == "cpu":
+        return mapped
+    table = torch.empty(mapped.shape, dtype=mapped.dtype, device=device)
+    rows = max(1, CHUNK_BYTES // (mapped.shape[1] * mapped.element_size()))
+    for into, chunk in zip(table.split(rows), mapped.split(rows), strict=True):
+        into.copy_(chunk)
+    return table
+
+
+def row_batches(rows: Tensor, width: int) -> Iterator[Tensor]:
+    """Split row numbers so that one gathered batch stays near 16 MB in float32."""
+    yield from rows.split(max(1, CHUNK_BYTES // (16 * width)))
+
+
+def _available_memory() -> int:
+    """MemAvailable of Linux in bytes, cut to the control group's limit (Slurm sets one)."""
+    fields = dict(
+        line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines() if ":" in line
+    )
+    available = int(fields["MemAvailable"].split()[0]) * 1024
+    for limit in (
+        Path("/sys/fs/cgroup/memory.max"),
+        Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+    ):
+        if limit.exists() and (text := limit.read_text().strip()).isdigit():
+            available = min(available, int(text))
+    return available
