@@ -87,7 +87,6 @@ def test_mistyped_environment_variable_names_the_nearest():
 
 
 def test_unknown_section_is_a_warning_because_files_are_shared(tmp_path, caplog):
-    config.logger.propagate = True
     loaded = config.load(write(tmp_path, "[trainin]\nx = 1\n[clustering]\ny = 2\n"), (), {})
     assert loaded == config.load(None, (), {}) or loaded == config.Config()
     assert [r.getMessage().split(": ", 1)[1] for r in caplog.records] == [

@@ -57,7 +57,7 @@ def evaluate(config: Config, *, split: str, checkpoint: Path | None, as_json: bo
     from tripletkit.train import checkpoint as checkpoints
     from tripletkit.train.device import choose_device, choose_precision
     from tripletkit.train.evaluation import Evaluation
-    from tripletkit.train.head import Head
+    from tripletkit.train.head import Head, load_weights
 
     paths = run_paths(config.checkpoint_dir)
     if checkpoint is None:
@@ -73,7 +73,7 @@ def evaluate(config: Config, *, split: str, checkpoint: Path | None, as_json: bo
         section = TrainingModel(**state["config"]["training_model"])
     store = open_store(_parquet(config, split), config.cache_dir, dim=section.input_dim)
     head = Head(section, store.embeddings.shape[1])
-    checkpoints.load_weights(head, state, checkpoint)
+    load_weights(head, state["model_state_dict"], checkpoint)
 
     device = choose_device(config.training.device)
     evaluation = Evaluation(

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tripletkit.config import TrainingModel
+from tripletkit.errors import DataError
 from tripletkit.train.init import LinearStart
 
 ACTIVATIONS = {"gelu": F.gelu, "silu": F.silu, "relu": F.relu}
@@ -71,3 +74,21 @@ class Head(nn.Module):
         )
         for parameter in silent.parameters():
             parameter.zero_()
+
+
+def load_weights(head: Head, weights: Mapping[str, Tensor], path: Path) -> None:
+    """Put the weights of the checkpoint `path` into `head`. Raises DataError if they do not fit."""
+    wanted = head.state_dict()
+    problems = [f"  {key}: missing in the checkpoint" for key in wanted.keys() - weights.keys()]
+    problems += [f"  {key}: not in the configured head" for key in weights.keys() - wanted.keys()]
+    problems += [
+        f"  {key}: {list(weights[key].shape)} in the checkpoint, {list(wanted[key].shape)} configured"
+        for key in wanted.keys() & weights.keys()
+        if wanted[key].shape != weights[key].shape
+    ]
+    if problems:
+        raise DataError(
+            f"{path} does not fit the configured head:\n" + "\n".join(sorted(problems)),
+            hint="make [training_model] what the checkpoint was trained with",
+        )
+    head.load_state_dict(dict(weights))

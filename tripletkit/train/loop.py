@@ -78,6 +78,8 @@ def train(
                 f"another process is training in {paths.root}",
                 hint="wait for it, or give this run its own paths.checkpoint_dir",
             )
+        for folder in {paths.root, paths.checkpoints}:
+            fsio.remove_leftovers(folder, ".*.tmp")
         found = state.find(config, paths)
         pieces = assemble(config, data, fresh=found is None)
         progress = state.restore(pieces, *found) if found else Progress()
@@ -152,6 +154,7 @@ class _Run:
     ) -> None:
         self.pieces = pieces
         self.section = pieces.config.training
+        self.log_every = pieces.config.logging.log_every_n_batches
         self.progress = progress
         self.paths = paths
         self.file = file
@@ -206,7 +209,7 @@ class _Run:
                 step()
                 progress.place = step.place
                 progress.global_step += 1
-                if progress.global_step % section.log_every_n_batches == 0:
+                if progress.global_step % self.log_every == 0:
                     rate = (step.place - since) / (time.monotonic() - clock)
                     text = f"{label} loss {self._train_loss():.4f} {rate:,.0f} triplets/s"
                     update(step.place, text)

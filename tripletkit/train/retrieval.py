@@ -14,6 +14,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from tripletkit.errors import DataError, RunError
 
@@ -151,56 +152,66 @@ class _Counts:
     The nearest positive is counted to the end. Positive i (from 0) only matters to MAP@R and
     R-precision while its rank is within R, and ranks rise with i, so the ones that still matter
     are a prefix: most queries soon need one comparison per gallery row, and the negatives above
-    the lowest threshold that matters number R plus the overshoot of a tile.
+    the lowest threshold that matters number R plus what comes before the next `_prune`.
     """
 
     def __init__(self, positives: Tensor, relevant: Tensor) -> None:
         """`positives` [q, P] similarities, descending, then -inf; `relevant` [q] is R."""
-        self.thresholds = positives - TIE
         self.relevant = relevant
+        self.matter = relevant.clone()
+        self.width = positives.shape[1]
+        stride = 2 ** (self.width - 1).bit_length()  # so that a binary search stays in its row
+        self.thresholds = F.pad(positives - TIE, (0, stride - self.width), value=-torch.inf)
         # Negatives between threshold i and threshold i - 1.
-        self.between = torch.zeros_like(positives, dtype=torch.int64)
-        self.place = torch.arange(1, positives.shape[1] + 1, device=positives.device)
-        self.alive = relevant.clone()
-        self.lowest = self._lowest(slice(None))
+        self.between = torch.zeros_like(self.thresholds, dtype=torch.int64)
+        self.place = torch.arange(1, stride + 1, device=positives.device)
+        self.fresh = 0
+        self._prune()
 
     def add(self, similarity: Tensor, above: Tensor) -> None:
         """Count a tile of negatives [q, g]; `above` is room for its comparison."""
         torch.ge(similarity, self.lowest[:, None], out=above)
         counted = above.sum(1).long()
-        several = self.alive > 1
+        several = self.matter > 1
         self.between[:, 0] += counted.masked_fill(several, 0)
         rows = (several & (counted > 0)).nonzero().squeeze(1)
         if len(rows):
-            self._sort_in(rows, similarity[rows], above[rows])
+            line, column = above[rows].nonzero(as_tuple=True)
+            line = rows[line]
+            self._sort_in(line, similarity[line, column])
 
     def scores(self) -> tuple[Tensor, Tensor, Tensor]:
         """First hit's rank, average precision at R and R-precision of each query."""
-        rank = self.between.cumsum(1) + self.place
+        rank, hit = self._ranks()
+        precision = torch.where(hit, self.place[: self.width] / rank.double(), 0.0).sum(1)
+        relevant = self.relevant.double()
+        return rank[:, 0], precision / relevant, hit.sum(1) / relevant
+
+    def _sort_in(self, line: Tensor, value: Tensor) -> None:
+        """Put each value, above the lowest threshold of its line, between its two thresholds."""
+        stride = self.thresholds.shape[1]
+        flat = self.thresholds.view(-1)
+        at = line * stride
+        for bit in reversed(range((self.width - 1).bit_length())):
+            at.add_(flat[at + (2**bit - 1)] > value, alpha=2**bit)
+        self.between.view(-1).index_add_(0, at, torch.ones_like(at))
+        self.fresh += len(at)
+        if 4 * self.fresh > len(self.between) * self.width:
+            self._prune()
+
+    def _prune(self) -> None:
+        """Raise the lowest threshold of each query to that of its last positive that matters."""
+        self.matter = self._ranks()[1].sum(1).clamp_min_(1)
+        self.lowest = self.thresholds.gather(1, self.matter[:, None] - 1).squeeze(1)
+        self.width = int(self.matter.max())
+        self.fresh = 0
+
+    def _ranks(self) -> tuple[Tensor, Tensor]:
+        """Ranks so far, and which of them are within R."""
+        place = self.place[: self.width]
+        rank = self.between[:, : self.width].cumsum(1).add_(place)
         relevant = self.relevant[:, None]
-        hit = (self.place <= relevant) & (rank <= relevant)
-        precision = torch.where(hit, self.place.double() / rank, 0.0).sum(1) / self.relevant
-        return rank[:, 0], precision, hit.sum(1).double() / self.relevant
-
-    def _sort_in(self, rows: Tensor, similarity: Tensor, above: Tensor) -> None:
-        """Put each value that is above its row's lowest threshold between its two thresholds."""
-        line, column = above.nonzero(as_tuple=True)
-        value = similarity[line, column]
-        line = rows[line]
-        width = self.thresholds.shape[1]
-        higher = torch.zeros_like(line)  # thresholds above the value, by binary search
-        for bit in reversed(range(width.bit_length())):
-            probe = higher + 2**bit
-            threshold = self.thresholds[line, probe.clamp(max=width) - 1]
-            higher = torch.where((probe <= width) & (threshold > value), probe, higher)
-        one = torch.ones_like(line)
-        self.between.view(-1).index_add_(0, line * width + higher, one)
-        rank = self.between[rows].cumsum(1) + self.place
-        self.alive[rows] = (rank <= self.relevant[rows, None]).sum(1).clamp_min(1)
-        self.lowest[rows] = self._lowest(rows)
-
-    def _lowest(self, rows: Tensor | slice) -> Tensor:
-        return self.thresholds[rows].gather(1, self.alive[rows, None] - 1).squeeze(1)
+        return rank, (place <= relevant) & (rank <= relevant)
 
 
 def _query_tiles(sizes: Tensor, side: int) -> Iterator[tuple[int, int]]:

@@ -40,6 +40,8 @@ class TripletIndex:
         sizes = np.diff(store.starts)
         if np.count_nonzero(sizes) < 2:
             raise DataError(f"{store.source}: triplets need two buildings or more")
+        if sizes.max() < 2:
+            raise DataError(f"{store.source}: no building has two images, so nothing is positive")
         self.bands = bands.count if bands else 0
         # Rows left out by subsampling keep slot 0; nothing ever points at them.
         slot = np.zeros(len(store.building), dtype=np.int32)

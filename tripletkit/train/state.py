@@ -17,6 +17,7 @@ from tripletkit.train import checkpoint as checkpoints
 from tripletkit.train.bandit import Bandit
 from tripletkit.train.checkpoint import Checkpoint
 from tripletkit.train.evaluation import Evaluation
+from tripletkit.train.head import load_weights
 from tripletkit.train.step import DeviceStep, HostStep, Learner
 
 # Keys of [training] that may change between a run and its continuation without a word.
@@ -123,7 +124,7 @@ def save(pieces: Pieces, progress: Progress, *paths: Path) -> None:
 
 def restore(pieces: Pieces, path: Path, state: Checkpoint) -> Progress:
     """Take over the state of `path`; a checkpoint of another trainer gives its weights only."""
-    checkpoints.load_weights(pieces.learner.head, state, path)
+    load_weights(pieces.learner.head, state["model_state_dict"], path)
     if "progress" not in state:
         logger.info("starting from the weights of %s, which another trainer wrote", path)
         return Progress()

@@ -1,0 +1,263 @@
+"""`make bench`: speed and memory as ratios of something measured in the same run.
+
+Prints a markdown table and writes it, with the raw numbers as JSON, into the folder given as
+argument (default: build/benchmarks).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+
+from tests.benchmarks import naive_trainer
+from tripletkit.config import Training, TrainingModel
+from tripletkit.data.bands import Bands
+from tripletkit.data.store import Store, open_store
+from tripletkit.train.bandit import Bandit
+from tripletkit.train.device import choose_device, choose_precision, make_deterministic
+from tripletkit.train.head import Head
+from tripletkit.train.loss import triplet_loss
+from tripletkit.train.sampler import TripletIndex
+from tripletkit.train.step import DeviceStep, HostStep, Learner
+from tripletkit.train.table import load_table
+
+IMAGES = 5  # per building
+BANDS = 7
+NEIGHBORS = 150
+
+
+def write_embeddings(path: Path, rows: int, dim: int, *, prefix: str = "b", seed: int = 0) -> Path:
+    """Clustered synthetic embeddings in the input schema, written in small row groups."""
+    random = np.random.default_rng(seed)
+    schema = pa.schema(
+        [
+            ("building_id", pa.string()),
+            ("streetview_image_id", pa.string()),
+            ("embedding", pa.list_(pa.float32(), dim)),
+        ]
+    )
+    with pq.ParquetWriter(path, schema) as writer:
+        for start in range(0, rows, 10_000):
+            count = min(10_000, rows - start)
+            building = np.arange(start, start + count) // IMAGES
+            centers = random.standard_normal((count // IMAGES + 1, dim), np.float32)
+            x = centers[building - building[0]] + random.standard_normal((count, dim), np.float32)
+            writer.write_table(
+                pa.table(
+                    [
+                        pa.array([f"{prefix}{b}" for b in building]),
+                        pa.array([f"{prefix}{i}" for i in range(start, start + count)]),
+                        pa.FixedSizeListArray.from_arrays(pa.array(x.ravel()), dim),
+                    ],
+                    schema=schema,
+                )
+            )
+    return path
+
+
+def random_bands(store: Store, seed: int = 0) -> Bands:
+    """Bands of the usual size with random neighbours: the trainer's cost does not depend on who."""
+    random = np.random.default_rng(seed)
+    rows, buildings = len(store.building), len(store.building_ids)
+    per_band = NEIGHBORS // BANDS
+    neighbors = random.integers(0, buildings - 1, (rows, BANDS * per_band), dtype=np.int32)
+    neighbors += neighbors >= store.building[:, None]  # never the own building
+    offsets = np.arange(rows * BANDS + 1, dtype=np.int64) * per_band
+    return Bands(count=BANDS, neighbors=neighbors.ravel(), offsets=offsets)
+
+
+def rate(run: Callable[[], object], triplets: int, seconds: float) -> float:
+    """Triplets per second: the median of five equal slices, after one as warm-up."""
+    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    rates = []
+    for _ in range(6):
+        count, start = 0, time.perf_counter()
+        while time.perf_counter() - start < seconds / 6:
+            run()
+            count += 1
+        synchronize()
+        rates.append(count * triplets / (time.perf_counter() - start))
+    return statistics.median(rates[1:])
+
+
+class Job:
+    """One configuration of head, data and batch, and the ways to train on it."""
+
+    def __init__(self, store: Store, batch: int, device: torch.device, precision: str) -> None:
+        self.store = store
+        self.section = Training(batch_size=batch)
+        self.device = device
+        self.precision = choose_precision(precision, device)
+        self.bands = random_bands(store)
+        self.model = TrainingModel()
+
+    def learner(self, bands: int, home: torch.device) -> Learner:
+        head = Head(self.model, self.store.embeddings.shape[1]).to(self.device)
+        return Learner(head, self.section, Bandit(self.section, bands, home), self.precision)
+
+    def trainer(self, seconds: float, *, resident: bool = True) -> float:
+        """Our step, as the loop calls it."""
+        home = self.device if resident else torch.device("cpu")
+        index = TripletIndex(self.store, self.bands, home)
+        kind = DeviceStep if resident else HostStep
+        step = kind(self.learner(index.bands, home), index, load_table(self.store, home))
+        epoch = 0
+        step.begin(0, epoch, 0)
+
+        def run() -> None:
+            nonlocal epoch
+            if step.place + self.section.batch_size > len(index.anchors):
+                step.finish()
+                epoch += 1
+                step.begin(0, epoch, 0)
+            step()
+
+        return rate(run, self.section.batch_size, seconds)
+
+    def in_hand(self, seconds: float) -> float:
+        """Forward, loss and backward of the same head on one batch that is already there."""
+        learner = self.learner(BANDS, self.device)
+        size, dim = 3 * self.section.batch_size, self.store.embeddings.shape[1]
+        x = torch.randn(size, dim, device=self.device).to(self.precision)
+
+        def run() -> None:
+            with learner.autocast():
+                anchor, positive, negative = learner.head(x).chunk(3)
+            loss = triplet_loss(anchor, positive, negative, margin=0.5, distance="euclidean")
+            for parameter in learner.head.parameters():
+                parameter.grad = None
+            loss.mean().backward()
+
+        return rate(run, self.section.batch_size, seconds)
+
+    def naive(self, steps: int) -> float:
+        """The per-item Dataset + DataLoader trainer."""
+        head = Head(self.model, self.store.embeddings.shape[1]).to(self.device)
+        offsets = self.bands.offsets.reshape(-1)
+
+        def by_anchor_band(row: int) -> list[list[int]]:
+            cells = offsets[row * BANDS : (row + 1) * BANDS + 1]
+            return [
+                self.bands.neighbors[a:b].tolist() for a, b in zip(cells, cells[1:], strict=False)
+            ]
+
+        return naive_trainer.run(
+            head,
+            self.store.embeddings,
+            self.store.building,
+            [by_anchor_band(row) for row in range(len(self.store.building))],
+            batch_size=self.section.batch_size,
+            steps=steps,
+            workers=2,
+        )
+
+
+def bench_training(folder: Path, device: torch.device, seconds: float) -> list[dict[str, object]]:
+    results = []
+    for dim, batch in ((768, 256), (4096, 256)):
+        rows = 20_000 if dim == 768 else 5_000
+        store = open_store(
+            write_embeddings(folder / f"{dim}.parquet", rows, dim), folder / "cache"
+        )
+        job = Job(store, batch, device, "auto")
+        ours, bound = job.trainer(seconds), job.in_hand(seconds)
+        name = f"training, {dim}-d, batch {batch}"
+        results.append(row(f"{name} vs forward+backward in hand", ours, bound, 0.7))
+        host = job.trainer(seconds, resident=False)
+        results.append(row(f"{name}, host placement vs device placement", host, ours, 0.7))
+        if dim == 768:
+            naive = job.naive(steps=int(20 * seconds / 10))
+            results.append(row(f"{name} vs per-item DataLoader trainer", ours, naive, 10.0))
+    return results
+
+
+def bench_memory(folder: Path) -> list[dict[str, object]]:
+    """Train and evaluate 200 k rows x 768 through the command line; peak RSS of the process."""
+    train = write_embeddings(folder / "big.parquet", 200_000, 768)
+    val = write_embeddings(folder / "big_val.parquet", 10_000, 768, prefix="v", seed=1)
+    common = [
+        f"--set=global.scratch_dir={folder}",
+        f"--set=paths.train_parquet_path={train}",
+        f"--set=paths.val_parquet_path={val}",
+        "--set=training.num_epochs=1",
+        "--set=training.batch_size=1024",
+    ]
+    results = []
+    for command in (["train"], ["evaluate", "--split", "train"]):
+        if command[0] == "evaluate":
+            command.append("--set=training.retrieval_metric_max_queries=5000")
+        start = time.perf_counter()
+        with subprocess.Popen(
+            [sys.executable, "-m", "tripletkit", *command, *common],
+            stdout=subprocess.DEVNULL, cwd=folder,
+        ) as process:  # fmt: skip
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+        if process.returncode:
+            raise SystemExit(f"tripletkit {command} failed")
+        took = time.perf_counter() - start
+        name = f"peak RSS of `{command[0]}`, 200 k x 768, GB ({took:.0f} s)"
+        results.append(row(name, usage.ru_maxrss * 1024 / 1e9, 1.5, 1.0, at_most=True))
+    return results
+
+
+def row(
+    name: str, value: float, reference: float, target: float, *, at_most: bool = False
+) -> dict[str, object]:
+    ratio = value / reference
+    met = ratio <= target if at_most else ratio >= target
+    print(f"{name}: {value:,.4g} / {reference:,.4g} = {ratio:.2f} (target {target})", flush=True)
+    return {
+        "what": name, "value": value, "reference": reference, "ratio": ratio,
+        "target": ("<= " if at_most else ">= ") + f"{target:g}", "met": met,
+    }  # fmt: skip
+
+
+def markdown(results: list[dict[str, object]], machine: str) -> str:
+    lines = [f"{machine}", "", "| what | value | reference | ratio | target |", "|---|---|---|---|---|"]
+    for r in results:
+        mark = "" if r["met"] else " (missed)"
+        lines.append(
+            f"| {r['what']} | {r['value']:,.4g} | {r['reference']:,.4g} | {r['ratio']:.2f} "
+            f"| {r['target']}{mark} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", nargs="?", type=Path, default=Path("build/benchmarks"))
+    parser.add_argument("--seconds", type=float, default=12, help="per measured rate")
+    arguments = parser.parse_args()
+    device = choose_device("auto")
+    make_deterministic(device)
+    if device.type == "cuda":
+        machine = torch.cuda.get_device_name(device)
+    else:
+        machine = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    with tempfile.TemporaryDirectory() as folder:
+        results = bench_training(Path(folder), device, arguments.seconds)
+        results += bench_memory(Path(folder))
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    table = markdown(results, f"{machine}, torch {torch.__version__}")
+    (arguments.out / "benchmarks.md").write_text(table)
+    (arguments.out / "benchmarks.json").write_text(json.dumps(results, indent=2) + "\n")
+    print("\n" + table)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,371 @@
+"""Embeddings as memory-mapped arrays: a cache of the parquet files, built once and shared."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import shutil
+import socket
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from tripletkit import fsio, log
+from tripletkit.data import parquet
+from tripletkit.data.parquet import BUILDING, EMBEDDING, Table
+from tripletkit.errors import DataError, RunError
+from tripletkit.log import logger
+
+FORMAT = 1  # part of the key: caches of another layout are not found, let alone misread
+META = "meta.json"
+DTYPES = {"f16": np.float16, "f32": np.float32, "i32": np.int32, "i64": np.int64, "u8": np.uint8}
+HALF_MAX = 65504.0
+HALF_NORMAL = 2.0**-14  # below it float16 loses precision
+FLOAT_MAX = np.finfo(np.float32).max
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@dataclass(frozen=True)
+class Store:
+    """N images of B buildings. All arrays are read-only maps of files in `folder`."""
+
+    source: Path  # what the user named
+    folder: Path
+    fingerprint: str  # of the content, whatever the name
+    embeddings: NDArray[Any]  # [N, D] float16 or float32
+    ids: pa.ChunkedArray  # large_string [N], image ids
+    building_ids: pa.ChunkedArray  # large_string [B]
+    building: NDArray[np.int32]  # [N] code of each row's building; -1: not in this sample
+    by_building: NDArray[np.int64]  # [M] rows grouped by building, in file order inside one
+    starts: NDArray[np.int64]  # [B + 1] building b: by_building[starts[b] : starts[b + 1]]
+
+
+def open_store(source: Path, cache_dir: Path, *, dim: int | None = None) -> Store:
+    """Open the embeddings of a parquet file, folder or glob; the first time, build their cache.
+
+    `dim` is the length that the vectors must have. Raises `DataError` for input that cannot be
+    used and `RunError` when the cache cannot be written.
+    """
+    files = parquet.find_files(source)
+    key = fsio.digest([f"store {FORMAT}", parquet.fingerprint(files)])
+    folder = cache_dir / key
+    meta = cached(folder, partial(_build, files, dim))
+    rows, width, dtype = meta["rows"], meta["dim"], meta["dtype"]
+    if dim is not None and width != dim:
+        raise DataError(
+            f"{source}: column {EMBEDDING!r} has vectors of {width} numbers, not {dim}",
+            hint="training_model.input_dim, or the data that it was set for, says otherwise",
+        )
+    return Store(
+        source=source,
+        folder=folder,
+        fingerprint=key,
+        embeddings=map_array(folder / f"embeddings.{dtype}").reshape(rows, width),
+        ids=_map_texts(folder / "images.arrow"),
+        building_ids=_map_texts(folder / "buildings.arrow"),
+        building=map_array(folder / "building.i32"),
+        by_building=map_array(folder / "by_building.i64"),
+        starts=map_array(folder / "starts.i64"),
+    )
+
+
+def subsample(store: Store, *, fraction: float = 1.0, buildings: int = 0, seed: int = 0) -> Store:
+    """A random part of the buildings, with all their images: at most `fraction` and `buildings`.
+
+    A hash of the building id decides, so that more data does not change who is in; 0 buildings
+    means no limit. Codes and rows stay those of the full store: a building left out has no rows
+    in `by_building`, its rows have `building` -1.
+    """
+    if fraction >= 1 and buildings == 0:
+        return store
+    # Salted apart from the split, else a fraction of one split would not be a random one.
+    hashes = parquet.hash_texts(store.building_ids, f"sample {seed}")
+    sizes = np.diff(store.starts)
+    keep = (hashes < min(fraction, 1.0) * 2.0**64) & (sizes > 0)
+    if 0 < buildings < np.count_nonzero(keep):
+        chosen = np.flatnonzero(keep)
+        chosen = chosen[np.argsort(hashes[chosen], kind="stable")[:buildings]]
+        keep = np.isin(np.arange(len(keep)), chosen)
+    if not (sizes[keep] > 1).any():
+        raise DataError(
+            f"{store.source}: no building with two images in a sample of "
+            f"{np.count_nonzero(keep)} of {len(keep)} buildings",
+            hint="raise sample_fraction or sample_buildings",
+        )
+    rows = store.by_building[keep[store.building[store.by_building]]]
+    building = np.full_like(store.building, -1)
+    building[rows] = store.building[rows]
+    starts = np.concatenate([[0], np.cumsum(np.where(keep, sizes, 0))])
+    return replace(store, building=building, by_building=rows, starts=starts)
+
+
+def check_leakage(stores: Mapping[str, Store]) -> None:
+    """Raise `DataError` when a building has images in two of the `stores`, keyed by split."""
+    used = {
+        split: store.building_ids.filter(pa.array(np.diff(store.starts) > 0))
+        for split, store in stores.items()
+    }
+    for one, other in combinations(used, 2):
+        both = used[one].filter(pc.is_in(used[one], value_set=used[other]))
+        if len(both):
+            shown = ", ".join(both.slice(0, parquet.SHOWN).to_pylist())
+            raise DataError(
+                f"{len(both):,} buildings are in both {one} ({stores[one].source}) and {other} "
+                f"({stores[other].source}): {shown}{', ...' if len(both) > parquet.SHOWN else ''}",
+                hint="`tripletkit data split` splits by building",
+            )
+
+
+def describe(store: Store) -> dict[str, int | str]:
+    """What is in the store, for people."""
+    sizes = np.diff(store.starts)
+    sizes = sizes[sizes > 0]
+    return {
+        "rows": len(store.by_building),
+        "buildings": len(sizes),
+        "buildings with 2 or more images": int(np.count_nonzero(sizes > 1)),
+        "images per building, fewest": int(sizes.min()),
+        "images per building, median": int(np.median(sizes)),
+        "images per building, most": int(sizes.max()),
+        "dim": store.embeddings.shape[1],
+        "dtype": str(store.embeddings.dtype),
+    }
+
+
+# --- cache folders ---------------------------------------------------------------------------
+
+
+def cached(folder: Path, build: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+    """Make sure that `folder` holds what `build(aside)` writes; return the facts it returned.
+
+    Of processes that start together one builds and the others wait. The folder appears whole, by
+    a rename; a damaged one is built again. Raises `RunError` when it cannot be written.
+    """
+    facts = _facts(folder)
+    if facts is not None:
+        return facts
+    try:
+        with fsio.exclusive_lock(folder.with_name(f".{folder.name}.lock")):
+            facts = _facts(folder)  # another process may have built it meanwhile
+            if facts is not None:
+                return facts
+            fsio.remove_leftovers(folder.parent, f".{folder.name}.*.tmp")
+            if folder.exists():
+                logger.warning("%s is damaged: building it again", folder)
+                shutil.rmtree(folder)
+            return _publish(folder, build)
+    except OSError as error:
+        raise RunError(
+            f"{folder.parent}: the cache cannot be written: {error.strerror or error}",
+            hint="paths.cache_dir can be on another disk",
+        ) from None
+
+
+def _publish(folder: Path, build: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+    aside = folder.with_name(f".{folder.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    aside.mkdir()
+    try:
+        facts = build(aside)
+        facts["files"] = {path.name: path.stat().st_size for path in aside.iterdir()}
+        fsio.write_json(aside / META, facts)
+        fsio.publish_folder(aside, folder)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    return facts
+
+
+def _facts(folder: Path) -> dict[str, Any] | None:
+    """What is known of a finished folder; None when it is not there, torn or foreign."""
+    try:
+        facts: dict[str, Any] = json.loads((folder / META).read_text())
+        whole = all((folder / name).stat().st_size == n for name, n in facts["files"].items())
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return None
+    return facts if whole else None
+
+
+@contextlib.contextmanager
+def room_for(needed: int, folder: Path) -> Iterator[None]:
+    """Raise `RunError` when the disk of `folder` has not got `needed` bytes, now or later on."""
+    free = shutil.disk_usage(folder).free
+    try:
+        if free < needed:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        yield
+    except OSError as error:
+        if error.errno not in DISK_FULL:
+            raise
+        raise RunError(
+            f"{folder.parent}: no room for the cache: {needed:,} bytes needed, {free:,} free "
+            f"({error.strerror})",
+            hint="free some, or point paths.cache_dir at another disk",
+        ) from None
+
+
+def write_array(path: Path, array: NDArray[Any]) -> None:
+    """Write the bare numbers; the file's suffix says the dtype (see `DTYPES`)."""
+    with path.open("wb") as file:
+        file.write(np.ascontiguousarray(array, DTYPES[path.suffix[1:]]).data)
+
+
+def map_array(path: Path) -> NDArray[Any]:
+    """Map what `write_array` wrote, read-only and flat."""
+    return np.memmap(path, DTYPES[path.suffix[1:]], mode="r")
+
+
+def _map_texts(path: Path) -> pa.ChunkedArray:
+    return pa.ipc.open_file(pa.memory_map(str(path))).read_all().column(0)
+
+
+@contextlib.contextmanager
+def _text_writer(path: Path) -> Iterator[Callable[[pa.Array], None]]:
+    schema = pa.schema([("id", pa.large_string())])
+    with path.open("wb") as file, pa.ipc.new_file(file, schema) as writer:
+        yield lambda texts: writer.write_batch(pa.record_batch([texts], schema=schema))
+
+
+# --- building --------------------------------------------------------------------------------
+
+
+def _build(files: tuple[Path, ...], dim: int | None, aside: Path) -> dict[str, Any]:
+    """Write the files of a store into `aside`. Ids come first: they are quick to find wrong."""
+    id_columns = parquet.image_id_columns(files[0])
+    table = parquet.open_table(files, [*id_columns, BUILDING, EMBEDDING])
+    width, dtype = parquet.embedding_width(table, dim)
+    per_row = 2 * width + 64  # the ids and codes of a row are about 64 bytes
+    with room_for(table.total * per_row, aside):
+        _write_index(aside, table, id_columns)
+        written, why = _write_embeddings(aside, table, width, dtype)
+    logger.info(
+        "%s: %s rows of %d numbers, kept as %s: %s",
+        _name(table),
+        f"{table.total:,}",
+        width,
+        np.dtype(DTYPES[written]),
+        why,
+    )
+    return {
+        "format": FORMAT,
+        "rows": table.total,
+        "dim": width,
+        "dtype": written,
+        "why": why,
+        "sources": [path.name for path in table.files],
+    }
+
+
+def _write_index(aside: Path, table: Table, id_columns: tuple[str, ...]) -> None:
+    """Image ids, building ids, and who belongs to whom."""
+    per_row = aside / "building_of_rows.arrow"
+    hashes = []
+    with (
+        _text_writer(aside / "images.arrow") as add_image,
+        _text_writer(per_row) as add_building,
+    ):
+        for batch in parquet.batches(table, [*id_columns, BUILDING]):
+            ids = parquet.image_ids(batch, id_columns)
+            hashes.append(parquet.hash_texts(ids, "duplicates"))
+            add_image(ids)
+            add_building(parquet.text(batch, BUILDING))
+    _check_duplicates(table, np.concatenate(hashes), _map_texts(aside / "images.arrow"))
+
+    encoded = _map_texts(per_row).dictionary_encode().unify_dictionaries()
+    building = np.concatenate([chunk.indices.to_numpy() for chunk in encoded.chunks])
+    sizes = np.bincount(building)
+    if sizes.max() < 2:
+        raise DataError(
+            f"{_name(table)}: no building has two images, so there are no pairs to learn from",
+            hint=f"is {BUILDING!r} different for each row?",
+        )
+    with _text_writer(aside / "buildings.arrow") as add:
+        add(encoded.chunk(0).dictionary)
+    write_array(aside / "building.i32", building)
+    write_array(aside / "by_building.i64", np.argsort(building, kind="stable"))
+    write_array(aside / "starts.i64", np.concatenate([[0], np.cumsum(sizes)]))
+    per_row.unlink()
+
+
+def _check_duplicates(table: Table, hashes: NDArray[np.uint64], ids: pa.ChunkedArray) -> None:
+    """Raise `DataError` naming images that occur twice. Equal hashes only make a suspect."""
+    order = np.argsort(hashes, kind="stable")
+    ordered = hashes[order]
+    same = np.flatnonzero(ordered[1:] == ordered[:-1])
+    found = []
+    for first, second in sorted(zip(order[same].tolist(), order[same + 1].tolist(), strict=True)):
+        if ids[first].equals(ids[second]):
+            found.append(
+                f"{ids[first].as_py()!r} ({_place(table, first)} and {_place(table, second)})"
+            )
+        if len(found) == parquet.SHOWN:
+            break
+    if found:
+        raise DataError(
+            f"{_name(table)}: {len(same):,} rows repeat an image id: {'; '.join(found)}",
+            hint="each image may be there once",
+        )
+
+
+def _write_embeddings(aside: Path, table: Table, width: int, dtype: Any) -> tuple[str, str]:
+    """Write the table as float16, or float32 if that would lose more than rounding.
+
+    Returns the suffix of the file and why it is that.
+    """
+    why = "the source has it" if dtype == np.float16 else "every value fits"
+    misfit = _stream(aside / "embeddings.f16", table, width, exact=dtype == np.float16)
+    if misfit is None:
+        return "f16", why
+    (aside / "embeddings.f16").unlink()
+    logger.info("%s: starting again in float32: %s", _name(table), misfit)
+    _stream(aside / "embeddings.f32", table, width, exact=False)
+    return "f32", misfit
+
+
+def _stream(path: Path, table: Table, width: int, *, exact: bool) -> str | None:
+    """Copy the vectors into `path`; stop and say why when float16 (by its name) cannot hold one."""
+    half = path.suffix == ".f16"
+    rows = max(1, parquet.BATCH_BYTES // (4 * width))
+    converted = np.empty((rows, width), DTYPES[path.suffix[1:]])
+    done = 0
+    with path.open("wb") as file, log.progress(table.total, f"caching {_name(table)}") as update:
+        for batch in parquet.batches(table, [EMBEDDING], rows):
+            values, peaks = parquet.vectors(batch, width)
+            if half and not exact:
+                for bad, what in (
+                    (peaks > HALF_MAX, "leaves the range of float16 (65504)"),
+                    ((peaks > 0) & (peaks < HALF_NORMAL), "is too small for float16 (6e-5)"),
+                ):
+                    if bad.any():
+                        return f"the vector in {batch.rows(bad)} of {batch.path.name} {what}"
+            elif not half and (peaks > FLOAT_MAX).any():
+                raise DataError(
+                    f"{batch.path}: column {EMBEDDING!r} leaves the range of float32 in "
+                    f"{batch.rows(peaks > FLOAT_MAX)}"
+                )
+            if values.dtype != converted.dtype:
+                np.copyto(converted[: len(values)], values, casting="same_kind")
+                values = converted[: len(values)]
+            file.write(values.data)
+            done += len(values)
+            update(done, f"caching {_name(table)}")
+    return None
+
+
+def _place(table: Table, row: int) -> str:
+    path, row = table.locate(row)
+    return f"{path.name} row {row}"
+
+
+def _name(table: Table) -> str:
+    first = table.files[0]
+    return str(first) if len(table.files) == 1 else f"{first.parent} ({len(table.files)} files)"

@@ -1,0 +1,67 @@
+"""`tripletkit demo`: the whole job on real data that every machine with matplotlib has."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from tripletkit import config as configuration
+from tripletkit import demo_data, fsio, log, stages
+from tripletkit.errors import DONE
+
+SEED = 42
+FRACTIONS = {"train": 0.7, "val": 0.1, "test": 0.2}
+
+
+def run(folder: Path) -> int:
+    """Render characters, split them, build bands, train, and evaluate on unseen characters.
+
+    What an earlier call left in `folder` is used again.
+    """
+    started = time.monotonic()
+    folder = folder.absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    parquet = {name: folder / f"{name}.parquet" for name in FRACTIONS}
+    metadata = folder / "difficulty_metadata.parquet"
+
+    if not all(path.exists() for path in parquet.values()):
+        _step("1/5 render characters in the fonts that matplotlib ships: a character is a building")
+        fonts = demo_data.write_fonts(folder, seed=SEED)
+        stages.split_data(fonts, folder, fractions=FRACTIONS, seed=SEED)
+
+    config_file = folder / "config.toml"
+    if not config_file.exists():
+        values = {
+            "global": {"seed": SEED, "log_dir": folder / "logs", "scratch_dir": folder},
+            "paths": {f"{name}_parquet_path": path for name, path in parquet.items()}
+            | {"difficulty_metadata_path": metadata},
+            "training_model": {"output_dim": 128},
+            "training": {
+                "num_epochs": 12,
+                "learning_rate": 1e-3,
+                "monitor": "map@r",
+                "retrieval_metric_top_k": [1, 5, 10],
+                "early_stopping_patience": 4,
+            },
+        }
+        fsio.write_text(config_file, configuration.template(values))
+    config = configuration.load(config_file, environ={})
+
+    _step("2/5 tripletkit data check")
+    stages.check_data(config)
+    _step("3/5 tripletkit data bands")
+    if not metadata.exists():
+        stages.build_bands(config, neighbors=150, k0=50, force=False)
+    _step("4/5 tripletkit train")
+    stages.train(config)
+    _step("5/5 tripletkit evaluate: characters that training never saw")
+    stages.evaluate(config, split="test", checkpoint=None, as_json=False)
+    log.out.print(f"{time.monotonic() - started:.0f} s; everything is in {folder}", soft_wrap=True)
+    log.out.print(
+        f"try: tripletkit evaluate --config {config_file} --split test --json", soft_wrap=True
+    )
+    return DONE
+
+
+def _step(title: str) -> None:
+    log.out.print(f"\n[bold]{title}[/bold]", soft_wrap=True)
