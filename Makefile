@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 READY := $(VENV)/.ready
 
-.PHONY: help demo test lint bench ablation clean
+.PHONY: help demo test lint bench ablation reference clean
 
 help:  ## Show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -27,6 +27,9 @@ bench: $(READY)  ## Speed and memory, as ratios
 
 ablation: $(READY)  ## Rebuild docs/ablation.md (about an hour on two cores)
 	$(BIN)/python -m tests.benchmarks.ablation
+
+reference: $(READY)  ## Rewrite config.toml and docs/reference/configuration.md from the code
+	$(BIN)/python -m tests.reference
 
 clean:  ## Remove the virtual environment and the demo
 	rm -rf $(VENV) demo

@@ -6,10 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.reference import GENERATED
 from tripletkit import config
 from tripletkit.errors import ConfigError
-
-REPOSITORY = Path(__file__).parent.parent
 
 
 def write(folder: Path, text: str) -> Path:
@@ -115,7 +114,10 @@ def test_bad_value_names_where_it_came_from(override, where, what):
 
 @pytest.mark.parametrize(
     ("override", "hint"),
-    [("trainin.margin=1", "did you mean 'training'?"), ("training.margn=1", "did you mean 'margin'?")],
+    [
+        ("trainin.margin=1", "did you mean 'training'?"),
+        ("training.margn=1", "did you mean 'margin'?"),
+    ],
 )
 def test_mistyped_override_names_the_nearest(override, hint):
     assert refused(overrides=[override]).hint == hint
@@ -169,7 +171,9 @@ def test_one_range_of_the_search_space_can_be_changed_alone():
     name=st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=20),
     top_k=st.lists(st.integers(1, 10**6), min_size=1, max_size=5),
 )
-def test_effective_configuration_survives_the_round_trip(tmp_path_factory, margin, seed, name, top_k):
+def test_effective_configuration_survives_the_round_trip(
+    tmp_path_factory, margin, seed, name, top_k
+):
     path = tmp_path_factory.mktemp("c") / "config.toml"
     loaded = config.with_values(
         config.Config(),
@@ -189,5 +193,6 @@ def test_template_is_the_defaults_and_names_every_key(tmp_path):
             assert f"\n{key} = " in text or f"\n# {key} =" in text
 
 
-def test_config_toml_of_the_repository_is_the_template():
-    assert (REPOSITORY / "config.toml").read_text() == config.template()
+@pytest.mark.parametrize("path", GENERATED, ids=lambda path: path.name)
+def test_generated_file_is_up_to_date(path):
+    assert path.read_text() == GENERATED[path](), "run `make reference`"

@@ -1,6 +1,5 @@
 """Files that are whole or absent, and locks that die with their holder."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -16,17 +15,22 @@ def test_atomic_write_publishes_at_the_end(tmp_path):
         file.write(b"new")
         assert not path.exists()
     assert path.read_bytes() == b"new"
-    assert os.listdir(path.parent) == ["a.bin"]
+    assert [p.name for p in path.parent.iterdir()] == ["a.bin"]
 
 
 def test_failed_write_leaves_the_old_file_and_no_rest(tmp_path):
     path = tmp_path / "a.txt"
     fsio.write_text(path, "old")
-    with pytest.raises(RuntimeError), fsio.atomic_write(path, "w") as file:
-        file.write("half of the n")
-        raise RuntimeError
+
+    def fail_half_way():
+        with fsio.atomic_write(path, "w") as file:
+            file.write("half of the n")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail_half_way()
     assert path.read_text() == "old"
-    assert os.listdir(tmp_path) == ["a.txt"]
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
 
 
 def test_digest_depends_on_borders_and_order():

@@ -73,7 +73,7 @@ def test_the_start_from_data_beats_raw_before_any_step(paths, data):
 
 def test_every_epoch_is_recorded_with_its_bands(paths, data):
     run(paths, data)
-    start, *epochs = records(paths)
+    _, *epochs = records(paths)
     assert [r["epoch"] for r in epochs] == [1, 2, 3]
     assert [r["step"] for r in epochs] == [5, 10, 15]  # 160 anchors in batches of 32
     for record in epochs:
@@ -172,7 +172,7 @@ def test_fixed_band_must_exist(paths, data):
 
 
 def test_report_sees_every_validation_and_may_end_the_run(paths, data):
-    class Pruned(Exception):
+    class PrunedError(Exception):
         pass
 
     seen = []
@@ -180,9 +180,9 @@ def test_report_sees_every_validation_and_may_end_the_run(paths, data):
     def report(epoch, metrics):
         seen.append((epoch, metrics["map@r"]))
         if epoch == 2:
-            raise Pruned
+            raise PrunedError
 
-    with pytest.raises(Pruned):
+    with pytest.raises(PrunedError):
         train(make_config(paths, num_epochs=9), data, paths, report=report)
     assert seen == [(r["epoch"], r["map@r"]) for r in records(paths)]
     assert len(seen) == 3

@@ -17,7 +17,9 @@ def units(n: int, seed: int):
 def test_euclidean_is_torchs_triplet_margin_loss_per_sample():
     a, p, n = units(40, 0)
     ours = triplet_loss(a, p, n, margin=0.5, distance="euclidean")
-    assert ours.mean().item() == pytest.approx(nn.TripletMarginLoss(margin=0.5, p=2)(a, p, n).item())
+    assert ours.mean().item() == pytest.approx(
+        nn.TripletMarginLoss(margin=0.5, p=2)(a, p, n).item()
+    )
     x, y, z = (t.double().numpy() for t in (a, p, n))
     slow = np.maximum(0, np.linalg.norm(x - y, axis=1) - np.linalg.norm(x - z, axis=1) + 0.5)
     assert ours.numpy() == pytest.approx(slow, abs=1e-5)

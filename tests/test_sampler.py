@@ -29,7 +29,9 @@ def worlds(draw):
     for building in rows:
         others = [b for b in range(len(sizes)) if b != building] if building >= 0 else []
         band_of = [draw(st.integers(-1, bands - 1)) for _ in others]
-        cells.append([[o for o, b in zip(others, band_of, strict=True) if b == k] for k in range(bands)])
+        cells.append(
+            [[o for o, b in zip(others, band_of, strict=True) if b == k] for k in range(bands)]
+        )
     return rows, cells, bands
 
 
@@ -93,7 +95,7 @@ def test_band_negative_is_a_uniform_building_then_a_uniform_image():
 def test_random_negative_is_uniform_over_all_images_of_other_buildings():
     index = TripletIndex(make_store(WORLD), None, CPU)
     got = shares(repeated(index, 1, "random", 30_000).negative)
-    assert got == pytest.approx({r: 1 / 8 for r in (0, 2, 3, 5, 6, 7, 8, 9)}, abs=0.012)
+    assert got == pytest.approx(dict.fromkeys((0, 2, 3, 5, 6, 7, 8, 9), 1 / 8), abs=0.012)
 
 
 def test_positive_negative_and_arm_are_drawn_independently():
@@ -122,9 +124,7 @@ def test_a_draw_depends_on_its_place_alone(world, batch):
     order = index.order(rng.key(0, 1))
     bandit = Bandit(Training(negative_sampler="uniform"), bands, CPU)
     lanes = torch.arange(len(order))
-    parts = [
-        index.draw(order[part], part, rng.key(0, 2), bandit) for part in lanes.split(batch)
-    ]
+    parts = [index.draw(order[part], part, rng.key(0, 2), bandit) for part in lanes.split(batch)]
     for column, pieces in zip(whole, zip(*parts, strict=True), strict=True):
         assert torch.equal(column, torch.cat(pieces))
 

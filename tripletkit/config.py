@@ -407,15 +407,16 @@ def template(values: Mapping[str, Mapping[str, object]] | None = None) -> str:
                 continue
             lines.append(f"# {field.description}")
             value = (values or {}).get(name, {}).get(key, field.get_default())
-            lines.append(f"# {key} =" if value is None else f"{key} = {_toml_value(value)}")
+            lines.append(f"# {key} =" if value is None else f"{key} = {toml_value(value)}")
     for key, range_ in DEFAULT_SPACE.items():
         lines += ["", f"[tuning.space.{key}]"]
         table = range_.model_dump(exclude_defaults=True)
-        lines += [f"{k} = {_toml_value(v)}" for k, v in table.items()]
+        lines += [f"{k} = {toml_value(v)}" for k, v in table.items()]
     return "\n".join(lines) + "\n"
 
 
-def _toml_value(value: object) -> str:
+def toml_value(value: object) -> str:
+    """One value as TOML, on one line."""
     if isinstance(value, Path):
         value = str(value)
     return (

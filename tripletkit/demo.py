@@ -31,10 +31,12 @@ def run(folder: Path) -> int:
 
     config_file = folder / "config.toml"
     if not config_file.exists():
-        values = {
+        values: dict[str, dict[str, object]] = {
             "global": {"seed": SEED, "log_dir": folder / "logs", "scratch_dir": folder},
-            "paths": {f"{name}_parquet_path": path for name, path in parquet.items()}
-            | {"difficulty_metadata_path": metadata},
+            "paths": {
+                **{f"{name}_parquet_path": path for name, path in parquet.items()},
+                "difficulty_metadata_path": metadata,
+            },
             "training_model": {"output_dim": 128},
             "training": {
                 "num_epochs": 12,

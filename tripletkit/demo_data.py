@@ -28,9 +28,8 @@ if TYPE_CHECKING:
 # draw a character in one way, and the last-resort file draws a box for everything.
 FAMILIES = ("DejaVuSans", "DejaVuSerif", "STIXGeneral")
 
-# Left out: combining marks (no place of their own), controls and private use, blanks; and
-# braille, 255 grids of dots that differ by one dot of a pixel, which no picture of this size
-# can tell apart.
+# Left out: combining marks (no place of their own), controls, private use, blanks, and braille:
+# 255 grids of dots that differ by single dots are a task of their own.
 LEFT_OUT = ("M", "C", "Z")
 BRAILLE = range(0x2800, 0x2900)
 
@@ -102,7 +101,7 @@ def describe(views: NDArray[np.uint8]) -> NDArray[np.float32]:
     channels = []
     for angle in np.arange(DIRECTIONS, dtype=np.float32) * np.float32(2 * np.pi / DIRECTIONS):
         edge = np.maximum(right * np.cos(angle) + down * np.sin(angle), 0)
-        channels.append(_pool(_pool(edge).swapaxes(1, 2)))
+        channels.append(_pool(_pool(edge).swapaxes(1, 2)).swapaxes(1, 2))
     return np.sqrt(np.stack(channels, axis=1).reshape(len(views), DIM))
 
 
@@ -179,9 +178,9 @@ def _buildings(digests: dict[int, dict[str, bytes]]) -> dict[int, list[tuple[str
 
     Characters with the same picture in every cut that has both ("R" and Lisu "zha") are one
     building, and so are two that a third one joins: no eye could part them, and kept apart they
-    would be false negatives. Characters that agree in some cuts only (hyphen and non-breaking
-    hyphen) stay apart: twin houses, which real data has too. A picture that two cuts share
-    counts once: its positive would be the very same drawing.
+    would be false negatives. Characters that agree in some cuts only (hyphen-minus and
+    hyphen) stay apart: twin houses, which real data has too, here one picture in 22. A picture
+    that two cuts share counts once: its positive would be the very same drawing.
     """
     digests = {c: of for c, of in digests.items() if len(set(of.values())) >= MIN_PICTURES}
     twins: dict[tuple[str, bytes], list[int]] = defaultdict(list)

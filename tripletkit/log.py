@@ -22,9 +22,9 @@ def setup(*, verbose: bool = False) -> None:
     """Send log records to stderr. Safe to call again."""
     from rich.logging import RichHandler
 
-    for handler in logger.handlers[:]:
-        logger.removeHandler(handler)
-        handler.close()
+    for old in logger.handlers[:]:
+        logger.removeHandler(old)
+        old.close()
     handler: logging.Handler
     if err.is_terminal:
         handler = RichHandler(

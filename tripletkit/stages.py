@@ -28,7 +28,7 @@ def train(config: Config) -> int:
 
     paths = run_paths(config.checkpoint_dir)
     with preempt.watch() as stop_requested, log.also_to(paths.log, config.logging.log_file):
-        data = _training_data(config)
+        data = training_data(config)
         try:
             result = loop.train(config, data, paths, should_stop=stop_requested)
         except torch.OutOfMemoryError as error:
@@ -166,7 +166,7 @@ def split_data(source: Path, out: Path, *, fractions: Mapping[str, float], seed:
     return DONE
 
 
-def _training_data(config: Config) -> Data:
+def training_data(config: Config) -> Data:
     """Open, check and subsample what `train` needs."""
     from tripletkit.data.bands import open_bands
     from tripletkit.data.store import check_leakage, open_store, subsample

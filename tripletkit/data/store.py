@@ -59,27 +59,29 @@ def open_store(source: Path, cache_dir: Path, *, dim: int | None = None) -> Stor
     files = parquet.find_files(source)
     key = fsio.digest([f"store {FORMAT}", parquet.fingerprint(files)])
     folder = cache_dir / key
-    meta = cached(folder, partial(_build, files, dim))
-    rows, width, dtype = meta["rows"], meta["dim"], meta["dtype"]
-    if dim is not None and width != dim:
+    facts = cached(folder, partial(_build, files, dim))
+    if dim is not None and facts["dim"] != dim:
         raise DataError(
-            f"{source}: column {EMBEDDING!r} has vectors of {width} numbers, not {dim}",
+            f"{source}: column {EMBEDDING!r} has vectors of {facts['dim']} numbers, not {dim}",
             hint="training_model.input_dim, or the data that it was set for, says otherwise",
         )
     return Store(
         source=source,
         folder=folder,
         fingerprint=key,
-        embeddings=map_array(folder / f"embeddings.{dtype}").reshape(rows, width),
+        embeddings=map_array(folder / f"embeddings.{facts['dtype']}").reshape(-1, facts["dim"]),
         ids=_map_texts(folder / "images.arrow"),
         building_ids=_map_texts(folder / "buildings.arrow"),
-        building=map_array(folder / "building.i32"),
-        by_building=map_array(folder / "by_building.i64"),
-        starts=map_array(folder / "starts.i64"),
+        **_codes(folder),
     )
 
 
-def subsample(store: Store, *, fraction: float = 1.0, buildings: int = 0, seed: int = 0) -> Store:
+def whole(store: Store) -> Store:
+    """The store that `store` is a sample of."""
+    return replace(store, **_codes(store.folder))
+
+
+def subsample(store: Store, *, fraction: float = 1.0, buildings: int = 0, seed: int) -> Store:
     """A random part of the buildings, with all their images: at most `fraction` and `buildings`.
 
     A hash of the building id decides, so that more data does not change who is in; 0 buildings
@@ -196,20 +198,19 @@ def _facts(folder: Path) -> dict[str, Any] | None:
 
 
 @contextlib.contextmanager
-def room_for(needed: int, folder: Path) -> Iterator[None]:
-    """Raise `RunError` when the disk of `folder` has not got `needed` bytes, now or later on."""
-    free = shutil.disk_usage(folder).free
+def writing_to(folder: Path, needed: int) -> Iterator[None]:
+    """Raise `RunError` when `folder` cannot be written or has not got `needed` bytes left."""
     try:
-        if free < needed:
+        folder.mkdir(parents=True, exist_ok=True)
+        if shutil.disk_usage(folder).free < needed:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         yield
     except OSError as error:
-        if error.errno not in DISK_FULL:
-            raise
+        problem = f"{folder}: cannot be written: {error.strerror or error}"
+        if error.errno in DISK_FULL:
+            problem += f"; {needed:,} bytes are needed, {shutil.disk_usage(folder).free:,} are free"
         raise RunError(
-            f"{folder.parent}: no room for the cache: {needed:,} bytes needed, {free:,} free "
-            f"({error.strerror})",
-            hint="free some, or point paths.cache_dir at another disk",
+            problem, hint="paths.cache_dir and global.scratch_dir say where caches go"
         ) from None
 
 
@@ -222,6 +223,11 @@ def write_array(path: Path, array: NDArray[Any]) -> None:
 def map_array(path: Path) -> NDArray[Any]:
     """Map what `write_array` wrote, read-only and flat."""
     return np.memmap(path, DTYPES[path.suffix[1:]], mode="r")
+
+
+def _codes(folder: Path) -> dict[str, Any]:
+    names = ("building.i32", "by_building.i64", "starts.i64")
+    return {name.partition(".")[0]: map_array(folder / name) for name in names}
 
 
 def _map_texts(path: Path) -> pa.ChunkedArray:
@@ -244,7 +250,7 @@ def _build(files: tuple[Path, ...], dim: int | None, aside: Path) -> dict[str, A
     table = parquet.open_table(files, [*id_columns, BUILDING, EMBEDDING])
     width, dtype = parquet.embedding_width(table, dim)
     per_row = 2 * width + 64  # the ids and codes of a row are about 64 bytes
-    with room_for(table.total * per_row, aside):
+    with writing_to(aside.parent, table.total * per_row):
         _write_index(aside, table, id_columns)
         written, why = _write_embeddings(aside, table, width, dtype)
     logger.info(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,7 +14,11 @@ from tripletkit.config import TrainingModel
 from tripletkit.errors import DataError
 from tripletkit.train.init import LinearStart
 
-ACTIVATIONS = {"gelu": F.gelu, "silu": F.silu, "relu": F.relu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "relu": F.relu,
+}
 NARROWEST = 16  # hidden_dim_multiplier never makes a layer narrower than this
 
 

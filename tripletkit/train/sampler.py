@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tripletkit.data.bands import Bands
@@ -50,7 +51,7 @@ class TripletIndex:
         )
         twins = np.where(store.building >= 0, sizes[store.building], 0) >= 2
 
-        def put(array: np.ndarray) -> Tensor:  # type: ignore[type-arg]
+        def put(array: NDArray[Any]) -> Tensor:
             return as_tensor(array).to(device)
 
         self.anchors = put(np.flatnonzero(twins))

@@ -63,12 +63,12 @@ def _tensorboard(paths: RunPaths) -> Iterator[Tracker]:
             "logging.tensorboard is on but tensorboard is not installed",
             hint="pip install 'tripletkit[tensorboard]'",
         ) from None
-    with SummaryWriter(str(paths.tensorboard)) as writer:  # type: ignore[no-untyped-call]
+    with SummaryWriter(str(paths.tensorboard)) as writer:
 
         def track(epoch: int, metrics: Mapping[str, float]) -> None:
             for name, value in metrics.items():
-                writer.add_scalar(name, value, epoch)  # type: ignore[no-untyped-call]
-            writer.flush()  # type: ignore[no-untyped-call]
+                writer.add_scalar(name, value, epoch)
+            writer.flush()
 
         yield track
 

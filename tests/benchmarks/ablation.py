@@ -1,0 +1,252 @@
+"""`make ablation`: what the start of the head, the sampler and the reward are worth.
+
+Two real data sets made on the spot, five seeds. A seed is a new split by building, with its own
+bands, and new draws; all variants of a seed share them, so differences are paired. Every variant
+gets the same epochs and, for the starts, the better of two learning rates on validation data.
+The numbers are those of the epoch that is best on validation data, on test data.
+
+Writes docs/ablation.md from build/ablation/results.jsonl, where finished runs are kept: a second
+call goes on. `--report` only rewrites the page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from functools import partial
+from pathlib import Path
+
+from tests.benchmarks.code_set import write_code
+from tripletkit import config as configuration
+from tripletkit.demo_data import write_fonts
+
+REPOSITORY = Path(__file__).parent.parent.parent
+WORK = REPOSITORY / "build/ablation"
+RESULTS = WORK / "results.jsonl"
+
+DATA: dict[str, Callable[[Path], Path]] = {
+    "fonts": partial(write_fonts, seed=42),
+    "code": write_code,
+}
+SEEDS = range(5)
+EPOCHS = 8
+# The rest stays unused: two hundred runs should not take a day.
+FRACTIONS = {"train": 0.35, "val": 0.1, "test": 0.2, "rest": 0.35}
+COMMON = {
+    "num_epochs": EPOCHS,
+    "learning_rate": 1e-3,
+    "monitor": "map@r",
+    "retrieval_metric_top_k": [1, 10],
+    "device": "cpu",
+    "negative_sampler": "uniform",
+}
+BASELINE = "uniform"
+
+STARTS = {
+    f"{init}, learning rate {rate:g}": {"init": init, "learning_rate": rate}
+    for init in ("lda", "pca", "random")
+    for rate in (1e-3, 3e-3)
+}
+SAMPLERS: dict[str, dict[str, object]] = {
+    "uniform": {},
+    "random": {"negative_sampler": "random"},
+    "hardest band": {"negative_sampler": "fixed:0"},
+    **{
+        f"ucb {reward}, discount {discount:g}": {
+            "negative_sampler": "ucb",
+            "ucb_reward": reward,
+            "ucb_discount": discount,
+        }
+        for reward in ("useful_rate", "violation_rate", "loss", "negative_loss")
+        for discount in (1.0, 0.9)
+    },
+    "ucb loss, discount 0.9, floor 0.5": {
+        "negative_sampler": "ucb",
+        "ucb_reward": "loss",
+        "ucb_discount": 0.9,
+        "ucb_floor": 0.5,
+    },
+    "ucb negative_loss, discount 0.9, floor 0.5": {
+        "negative_sampler": "ucb",
+        "ucb_reward": "negative_loss",
+        "ucb_discount": 0.9,
+        "ucb_floor": 0.5,
+    },
+}
+VARIANTS = {**SAMPLERS, **STARTS}
+
+
+def prepare(data: str, seed: int) -> Path:
+    """Split the data anew and build the bands; returns the folder."""
+    from tripletkit.data.bands import build_bands
+    from tripletkit.data.split import split_parquet
+    from tripletkit.data.store import open_store
+
+    folder = WORK / f"{data}-{seed}"
+    bands = folder / "bands.parquet"
+    if not bands.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True)
+        source = WORK / f"{data}.parquet"
+        if not source.exists():
+            DATA[data](WORK)
+        split_parquet(source, folder, fractions=FRACTIONS, seed=seed)
+        build_bands(open_store(folder / "train.parquet", folder / "cache"), bands)
+    return folder
+
+
+def run(data: str, seed: int, variant: str) -> dict[str, object]:
+    """Train one variant; its result on test data."""
+    import torch
+
+    from tripletkit import stages
+    from tripletkit.data.store import open_store
+    from tripletkit.paths import run_paths
+    from tripletkit.train import checkpoint as checkpoints
+    from tripletkit.train import loop
+    from tripletkit.train.evaluation import Evaluation
+    from tripletkit.train.head import Head, load_weights
+
+    torch.set_num_threads(1)
+    folder = WORK / f"{data}-{seed}"
+    with tempfile.TemporaryDirectory(dir=folder) as place:
+        paths = run_paths(Path(place))
+        config = configuration.with_values(
+            configuration.Config(),
+            global_={"seed": seed, "scratch_dir": folder},
+            paths={
+                "train_parquet_path": folder / "train.parquet",
+                "val_parquet_path": folder / "val.parquet",
+                "difficulty_metadata_path": folder / "bands.parquet",
+                "checkpoint_dir": place,
+            },
+            training_model={"output_dim": 128},
+            training={**COMMON, **VARIANTS[variant]},
+        )
+        result = loop.train(config, stages.training_data(config), paths)
+        best = checkpoints.load(paths.best)
+        last = json.loads(paths.metrics.read_text().splitlines()[-1])
+    test = open_store(folder / "test.parquet", folder / "cache")
+    head = Head(config.training_model, test.embeddings.shape[1])
+    load_weights(head, best["model_state_dict"], paths.best)
+    evaluation = Evaluation(
+        test, None, config.training,
+        seed=0, device=torch.device("cpu"), precision=torch.float32,
+    )  # fmt: skip
+    return {
+        "data": data, "seed": seed, "variant": variant,
+        "val": result.best_metrics["map@r"], "best_epoch": result.best_epoch,
+        "test": evaluation.of(head), "raw": evaluation.raw(),
+        "shares": last["bands"]["share"],
+    }  # fmt: skip
+
+
+def results() -> list[dict[str, object]]:
+    if not RESULTS.exists():
+        return []
+    return [json.loads(line) for line in RESULTS.read_text().splitlines()]
+
+
+def run_all(workers: int) -> None:
+    WORK.mkdir(parents=True, exist_ok=True)
+    done = {(r["data"], r["seed"], r["variant"]) for r in results()}
+    wanted = [(d, s, v) for s in SEEDS for d in DATA for v in VARIANTS]
+    missing = [job for job in wanted if job not in done]
+    for data, seed in dict.fromkeys((d, s) for d, s, _ in missing):
+        prepare(data, seed)
+    with ProcessPoolExecutor(workers) as pool, RESULTS.open("a") as file:
+        futures = [pool.submit(run, *job) for job in missing]
+        for number, future in enumerate(as_completed(futures), 1):
+            line = future.result()
+            file.write(json.dumps(line) + "\n")
+            file.flush()
+            print(f"{number}/{len(missing)} {line['data']} {line['variant']}", flush=True)
+
+
+# --- the page --------------------------------------------------------------------------------
+
+# Two-sided 95 % quantiles of Student's t with n - 1 degrees of freedom.
+T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
+
+
+def interval(values: list[float]) -> str:
+    mean = statistics.fmean(values)
+    if len(values) < 2:
+        return f"{mean:.4f}"
+    half = T95[len(values)] * statistics.stdev(values) / len(values) ** 0.5
+    return f"{mean:.4f} ± {half:.4f}"
+
+
+def table(data: str, names: list[str], baseline: str) -> Iterator[str]:
+    by_variant: dict[str, dict[int, dict]] = defaultdict(dict)  # type: ignore[type-arg]
+    for r in results():
+        if r["data"] == data:
+            by_variant[r["variant"]][r["seed"]] = r  # type: ignore[index]
+    yield f"| {data} | recall@1 | MAP@R | MAP@R minus {baseline}, paired | best epoch |"
+    yield "|---|---|---|---|---|"
+    first = by_variant[baseline]
+    raw = [r["raw"] for r in first.values()]
+    yield (
+        f"| raw embeddings | {interval([r['recall@1'] for r in raw])} "
+        f"| {interval([r['map@r'] for r in raw])} | | |"
+    )
+    for name in names:
+        runs = by_variant[name]
+        difference = [
+            runs[s]["test"]["map@r"] - first[s]["test"]["map@r"] for s in runs if s in first
+        ]
+        yield (
+            f"| {name} | {interval([r['test']['recall@1'] for r in runs.values()])} "
+            f"| {interval([r['test']['map@r'] for r in runs.values()])} "
+            f"| {'' if name == baseline else interval(difference)} "
+            f"| {statistics.fmean(r['best_epoch'] for r in runs.values()):.1f} |"
+        )
+
+
+def best_rate(data: str, init: str) -> str:
+    """The learning rate of a start that is best on validation data, averaged over seeds."""
+    scores: dict[str, list[float]] = defaultdict(list)
+    for r in results():
+        if r["data"] == data and str(r["variant"]).startswith(f"{init}, "):
+            scores[str(r["variant"])].append(r["val"])  # type: ignore[arg-type]
+    return max(scores, key=lambda name: statistics.fmean(scores[name]))
+
+
+def tables() -> str:
+    lines = []
+    for data in DATA:
+        starts = [best_rate(data, init) for init in ("lda", "pca", "random")]
+        lines += ["", f"### Start of the head, {data}", "", *table(data, starts, starts[0])]
+        lines += ["", f"### Sampler and reward, {data}", "", *table(data, list(SAMPLERS), BASELINE)]
+    return "\n".join(lines).strip() + "\n"
+
+
+BEGIN, END = "<!-- tables: begin -->\n", "<!-- tables: end -->\n"
+
+
+def write_page() -> None:
+    """Replace the tables of docs/ablation.md; the words around them are written by people."""
+    page = REPOSITORY / "docs/ablation.md"
+    before, _, rest = page.read_text().partition(BEGIN)
+    _, _, after = rest.partition(END)
+    page.write_text(before + BEGIN + "\n" + tables() + "\n" + END + after)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--report", action="store_true", help="only rewrite the page")
+    parser.add_argument("--workers", type=int, default=2, help="processes, one thread each")
+    arguments = parser.parse_args()
+    if not arguments.report:
+        run_all(arguments.workers)
+    write_page()
+
+
+if __name__ == "__main__":
+    main()
