@@ -16,11 +16,10 @@ demo: $(READY)  ## The whole job on real data made from fonts
 test: lint  ## Every check and test
 	$(BIN)/python -m pytest
 
-lint: $(READY)  ## Formatting, lint, types, layers
+lint: $(READY)  ## Formatting, lint, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/lint-imports
 
 bench: $(READY)  ## Speed and memory, as ratios
 	$(BIN)/python -m tests.benchmarks

@@ -51,7 +51,9 @@ def test_help_is_answered_without_the_heavy_libraries():
         "try: main(['--help'])\nexcept SystemExit as end: assert end.code == 0, end.code\n"
         "print(sorted({'torch', 'numpy', 'pyarrow', 'pydantic'} & set(sys.modules)))"
     )
-    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    output = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    )
     assert output.stdout.startswith("Usage: tripletkit")
     assert output.stdout.endswith("[]\n")
 
@@ -145,7 +147,9 @@ def test_environment_alone_through_the_module(files, tmp_path):
         "TRIPLET_TRAINING_NUM_EPOCHS": "1",
         "TRIPLET_TRAINING_SCRATCH_DIR": str(tmp_path),
     }
-    subprocess.run([sys.executable, "-m", "tripletkit.train"], env=environ, cwd=tmp_path, check=True)
+    subprocess.run(
+        [sys.executable, "-m", "tripletkit.train"], env=environ, cwd=tmp_path, check=True
+    )
     assert run_paths(tmp_path / "checkpoints").final.exists()
 
 

@@ -246,7 +246,7 @@ def test_other_architecture_lists_the_keys_that_differ(paths, data):
 
 def test_other_data_in_the_same_folder_is_refused(paths, data):
     run(paths, data)
-    with pytest.raises(DataError, match="other embeddings"):
+    with pytest.raises(DataError, match="trained on other embeddings"):
         run(paths, Data(clustered(seed=9, name="other")))
 
 

@@ -30,7 +30,9 @@ def test_tensorboard_gets_every_epoch(paths, data):  # noqa: F811
     events.Reload()
     assert [e.step for e in events.Scalars("map@r")] == [0, 1, 2, 3]
     assert [e.step for e in events.Scalars("train_loss")] == [1, 2, 3]
-    assert {"raw/map@r", "band_share/0", "band_reward/2", "val_loss"} <= set(events.Tags()["scalars"])
+    assert {"raw/map@r", "band_share/0", "band_reward/2", "val_loss"} <= set(
+        events.Tags()["scalars"]
+    )
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -7,7 +7,9 @@ from pathlib import Path
 
 from tripletkit import config as configuration
 from tripletkit import demo_data, fsio, log, stages
+from tripletkit.config import Config
 from tripletkit.errors import DONE
+from tripletkit.paths import run_paths
 
 SEED = 42
 FRACTIONS = {"train": 0.7, "val": 0.1, "test": 0.2}
@@ -58,11 +60,26 @@ def run(folder: Path) -> int:
     stages.train(config)
     _step("5/5 tripletkit evaluate: characters that training never saw")
     stages.evaluate(config, split="test", checkpoint=None, as_json=False)
+    _picture(config, folder / "neighbors.png")
     log.out.print(f"{time.monotonic() - started:.0f} s; everything is in {folder}", soft_wrap=True)
     log.out.print(
         f"try: tripletkit evaluate --config {config_file} --split test --json", soft_wrap=True
     )
     return DONE
+
+
+def _picture(config: Config, path: Path) -> None:
+    import torch
+
+    from tripletkit.demo_picture import draw_neighbors
+    from tripletkit.train.device import as_tensor
+    from tripletkit.train.evaluation import project
+
+    store, head, _ = stages.open_head(config, "test", run_paths(config.checkpoint_dir).best)
+    table = as_tensor(store.embeddings)
+    projected = project(head, table, torch.arange(len(table)), torch.float32)
+    draw_neighbors(path, store, projected, seed=SEED)
+    log.out.print(f"nearest characters before and after: {path}", soft_wrap=True)
 
 
 def _step(title: str) -> None:

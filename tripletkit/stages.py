@@ -14,6 +14,8 @@ from tripletkit.log import logger
 from tripletkit.paths import run_paths
 
 if TYPE_CHECKING:
+    from tripletkit.data.store import Store
+    from tripletkit.train.head import Head
     from tripletkit.train.loop import Data
 
 SPLITS = ("train", "val", "test")
@@ -52,29 +54,11 @@ def train(config: Config) -> int:
 
 def evaluate(config: Config, *, split: str, checkpoint: Path | None, as_json: bool) -> int:
     """Print the retrieval metrics of one split, raw and through a checkpoint's head."""
-    from tripletkit.config import TrainingModel
-    from tripletkit.data.store import open_store
-    from tripletkit.train import checkpoint as checkpoints
     from tripletkit.train.device import choose_device, choose_precision
     from tripletkit.train.evaluation import Evaluation
-    from tripletkit.train.head import Head, load_weights
 
-    paths = run_paths(config.checkpoint_dir)
-    if checkpoint is None:
-        checkpoint = paths.best if paths.best.exists() else paths.final
-        if not checkpoint.exists():
-            raise DataError(
-                f"{paths.checkpoints} holds neither {paths.best.name} nor {paths.final.name}",
-                hint="train first, or name one with --checkpoint",
-            )
-    state = checkpoints.load(checkpoint)
-    section = config.training_model
-    if "config" in state:  # what it was trained as counts, not what the file says today
-        section = TrainingModel(**state["config"]["training_model"])
-    store = open_store(_parquet(config, split), config.cache_dir, dim=section.input_dim)
-    head = Head(section, store.embeddings.shape[1])
-    load_weights(head, state["model_state_dict"], checkpoint)
-
+    checkpoint = checkpoint or _best_checkpoint(config)
+    store, head, epoch = open_head(config, split, checkpoint)
     device = choose_device(config.training.device)
     evaluation = Evaluation(
         store,
@@ -86,11 +70,39 @@ def evaluate(config: Config, *, split: str, checkpoint: Path | None, as_json: bo
     )
     results = {"raw": evaluation.raw(), "head": evaluation.of(head.to(device))}
     if as_json:
-        report = {"split": split, "checkpoint": str(checkpoint), "epoch": state.get("epoch")}
+        report = {"split": split, "checkpoint": str(checkpoint), "epoch": epoch}
         log.out.print_json(json.dumps({**report, **results}))
     else:
         _print_metrics(f"{split}, {checkpoint}", results)
     return DONE
+
+
+def open_head(config: Config, split: str, checkpoint: Path) -> tuple[Store, Head, int | None]:
+    """The embeddings of a split, the head of a checkpoint to go with them, and its epoch."""
+    from tripletkit.config import TrainingModel
+    from tripletkit.data.store import open_store
+    from tripletkit.train import checkpoint as checkpoints
+    from tripletkit.train.head import Head, load_weights
+
+    state = checkpoints.load(checkpoint)
+    section = config.training_model
+    if "config" in state:  # what it was trained as counts, not what the file says today
+        section = TrainingModel(**state["config"]["training_model"])
+    store = open_store(_parquet(config, split), config.cache_dir, dim=section.input_dim)
+    head = Head(section, store.embeddings.shape[1])
+    load_weights(head, state["model_state_dict"], checkpoint)
+    return store, head, state.get("epoch")
+
+
+def _best_checkpoint(config: Config) -> Path:
+    paths = run_paths(config.checkpoint_dir)
+    for path in (paths.best, paths.final):
+        if path.exists():
+            return path
+    raise DataError(
+        f"{paths.checkpoints} holds neither {paths.best.name} nor {paths.final.name}",
+        hint="train first, or name one with --checkpoint",
+    )
 
 
 def check_data(config: Config) -> int:
@@ -123,7 +135,9 @@ def check_data(config: Config) -> int:
     check_leakage(stores)
     log.out.print("no building is in two splits")
     metadata = config.paths.difficulty_metadata_path
-    if metadata is not None and "train" in stores:
+    if metadata is not None and not metadata.exists():
+        log.out.print(f"no {metadata} yet: `tripletkit data bands` builds it", soft_wrap=True)
+    elif metadata is not None and "train" in stores:
         bands = open_bands(metadata, stores["train"], config.cache_dir)
         cells = bands.offsets[1:] > bands.offsets[:-1]
         per_band = cells.reshape(-1, bands.count).mean(0)
@@ -194,6 +208,10 @@ def training_data(config: Config) -> Data:
     metadata = config.paths.difficulty_metadata_path
     if metadata is None:
         return Data(train, val=val)
+    if not metadata.exists():
+        raise DataError(
+            f"{metadata}: no such file", hint="`tripletkit data bands` builds the difficulty bands"
+        )
     bands = open_bands(metadata, train, config.cache_dir)
     val_bands = None
     if val is not None:
@@ -228,7 +246,8 @@ def _print_metrics(title: str, results: Mapping[str, Mapping[str, float]]) -> No
     from tripletkit.train.evaluation import metric_names
 
     columns = list(results.values())
-    table = Table("metric", *results, title=title, title_justify="left")
+    log.out.print(title, soft_wrap=True)
+    table = Table("metric", *results)
     for name in metric_names(columns[-1]):
         table.add_row(name, *(f"{column[name]:.4f}" for column in columns))
     table.add_row("queries", *(f"{int(column['queries']):,}" for column in columns))

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -151,9 +152,7 @@ class Job:
 
         def by_anchor_band(row: int) -> list[list[int]]:
             cells = offsets[row * BANDS : (row + 1) * BANDS + 1]
-            return [
-                self.bands.neighbors[a:b].tolist() for a, b in zip(cells, cells[1:], strict=False)
-            ]
+            return [self.bands.neighbors[a:b].tolist() for a, b in pairwise(cells)]
 
         return naive_trainer.run(
             head,
@@ -170,9 +169,7 @@ def bench_training(folder: Path, device: torch.device, seconds: float) -> list[d
     results = []
     for dim, batch in ((768, 256), (4096, 256)):
         rows = 20_000 if dim == 768 else 5_000
-        store = open_store(
-            write_embeddings(folder / f"{dim}.parquet", rows, dim), folder / "cache"
-        )
+        store = open_store(write_embeddings(folder / f"{dim}.parquet", rows, dim), folder / "cache")
         job = Job(store, batch, device, "auto")
         ours, bound = job.trainer(seconds), job.in_hand(seconds)
         name = f"training, {dim}-d, batch {batch}"
@@ -228,7 +225,12 @@ def row(
 
 
 def markdown(results: list[dict[str, object]], machine: str) -> str:
-    lines = [f"{machine}", "", "| what | value | reference | ratio | target |", "|---|---|---|---|---|"]
+    lines = [
+        f"{machine}",
+        "",
+        "| what | value | reference | ratio | target |",
+        "|---|---|---|---|---|",
+    ]
     for r in results:
         mark = "" if r["met"] else " (missed)"
         lines.append(

@@ -22,9 +22,20 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from functools import partial
 from pathlib import Path
 
+import torch
+
 from tests.benchmarks.code_set import write_code
 from tripletkit import config as configuration
+from tripletkit import fsio, stages
+from tripletkit.data.bands import build_bands
+from tripletkit.data.split import split_parquet
+from tripletkit.data.store import open_store
 from tripletkit.demo_data import write_fonts
+from tripletkit.paths import run_paths
+from tripletkit.train import checkpoint as checkpoints
+from tripletkit.train import loop
+from tripletkit.train.evaluation import Evaluation
+from tripletkit.train.head import Head, load_weights
 
 REPOSITORY = Path(__file__).parent.parent.parent
 WORK = REPOSITORY / "build/ablation"
@@ -83,38 +94,20 @@ VARIANTS = {**SAMPLERS, **STARTS}
 
 
 def prepare(data: str, seed: int) -> Path:
-    """Split the data anew and build the bands; returns the folder."""
-    from tripletkit.data.bands import build_bands
-    from tripletkit.data.split import split_parquet
-    from tripletkit.data.store import open_store
-
+    """The folder with the data split by `seed` and its bands; built by whoever comes first."""
     folder = WORK / f"{data}-{seed}"
     bands = folder / "bands.parquet"
-    if not bands.exists():
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        source = WORK / f"{data}.parquet"
-        if not source.exists():
-            DATA[data](WORK)
-        split_parquet(source, folder, fractions=FRACTIONS, seed=seed)
-        build_bands(open_store(folder / "train.parquet", folder / "cache"), bands)
+    with fsio.exclusive_lock(WORK / f"{data}-{seed}.lock"):
+        if not bands.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            split_parquet(WORK / f"{data}.parquet", folder, fractions=FRACTIONS, seed=seed)
+            build_bands(open_store(folder / "train.parquet", folder / "cache"), bands)
     return folder
 
 
 def run(data: str, seed: int, variant: str) -> dict[str, object]:
     """Train one variant; its result on test data."""
-    import torch
-
-    from tripletkit import stages
-    from tripletkit.data.store import open_store
-    from tripletkit.paths import run_paths
-    from tripletkit.train import checkpoint as checkpoints
-    from tripletkit.train import loop
-    from tripletkit.train.evaluation import Evaluation
-    from tripletkit.train.head import Head, load_weights
-
-    torch.set_num_threads(1)
-    folder = WORK / f"{data}-{seed}"
+    folder = prepare(data, seed)
     with tempfile.TemporaryDirectory(dir=folder) as place:
         paths = run_paths(Path(place))
         config = configuration.with_values(
@@ -158,9 +151,13 @@ def run_all(workers: int) -> None:
     done = {(r["data"], r["seed"], r["variant"]) for r in results()}
     wanted = [(d, s, v) for s in SEEDS for d in DATA for v in VARIANTS]
     missing = [job for job in wanted if job not in done]
-    for data, seed in dict.fromkeys((d, s) for d, s, _ in missing):
-        prepare(data, seed)
-    with ProcessPoolExecutor(workers) as pool, RESULTS.open("a") as file:
+    for data in DATA:
+        if not (WORK / f"{data}.parquet").exists():
+            DATA[data](WORK)
+    with (
+        ProcessPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool,
+        RESULTS.open("a") as file,
+    ):
         futures = [pool.submit(run, *job) for job in missing]
         for number, future in enumerate(as_completed(futures), 1):
             line = future.result()

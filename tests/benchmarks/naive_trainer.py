@@ -37,8 +37,8 @@ class Bandit:
         return available[int(np.argmax(scores))]
 
     def reward(self, band: int, value: float) -> None:
-        self.pulls[band] += 1
-        self.earned[band] += value
+        self.pulls.numpy()[band] += 1
+        self.earned.numpy()[band] += value
 
 
 class Triplets(Dataset[tuple[Tensor, Tensor, Tensor, int]]):
@@ -120,6 +120,7 @@ def run(
     assert len(loader), "fewer anchors than a batch holds"
     triplet_loss = nn.TripletMarginLoss(margin=0.5, reduction="none")
     optimizer = torch.optim.AdamW(head.parameters(), lr=1e-4)
+    device = next(head.parameters()).device
     head.train()
     began = 0.0
     for step, (anchor, positive, negative, bands) in enumerate(
@@ -127,7 +128,9 @@ def run(
     ):
         if step == WARM_UP:
             began = time.perf_counter()
-        losses = triplet_loss(head(anchor), head(positive), head(negative))
+        losses = triplet_loss(
+            head(anchor.to(device)), head(positive.to(device)), head(negative.to(device))
+        )
         optimizer.zero_grad()
         losses.mean().backward()
         optimizer.step()

@@ -31,7 +31,7 @@ IMAGE_ID_COLUMNS = (("streetview_image_id",), ("dataset_id", "patch_id"), ("targ
 DATASET_DIGITS = 4
 
 SHOWN = 5  # offending rows named in a message
-BATCH_BYTES = 4 * 2**20  # of decoded vectors: they stay in a core's cache until they are written
+BATCH_BYTES = 2 * 2**20  # of decoded vectors: they stay in a core's cache until they are written
 BATCH_ROWS = 65_536
 SAMPLES = 64
 SAMPLE_BYTES = 64 * 2**10

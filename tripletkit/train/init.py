@@ -22,6 +22,7 @@ FORMAT = 1  # part of the key: files of another layout are not found
 IMAGES_PER_DIM = 64  # images looked at per dimension; more hardly move a covariance
 SHRINKAGE = 0.1  # of the mean eigenvalue of the within-building covariance
 BLOCK_BYTES = 64 * 2**20  # of one block of images in float64
+ROUNDING = 1e-20  # a variance this small, beside what it is compared with, is rounding in float64
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,8 @@ def linear_start(
     Raises DataError if all the images have the same embedding.
     """
     chosen = _choose_buildings(store, seed)
-    parts = [f"init {FORMAT}", store.fingerprint, kind, chosen.astype("<i8").tobytes()]
+    parts: list[bytes | str] = [f"init {FORMAT}", store.fingerprint, kind]
+    parts.append(chosen.astype("<i8").tobytes())
     folder = cache_dir / f"init-{fsio.digest(parts)}"
     cached(folder, partial(_build, store, chosen, kind, torch.device(device)))
 
@@ -87,7 +89,7 @@ def _build(
 ) -> dict[str, Any]:
     """Write all components, their values at the mean, and the mean norm of each prefix."""
     mean, within, total, images = _covariances(store, chosen, device)
-    if total.trace() <= 0:
+    if total.trace() <= ROUNDING * (mean @ mean):
         raise DataError(
             f"{store.source}: the {images:,} embeddings looked at are all the same",
             hint="check the embeddings",
@@ -108,20 +110,22 @@ def _lda(within: Tensor, total: Tensor) -> Tensor:
     """Components [D, D], one per row, that are white within buildings, leading ones first."""
     dim = len(within)
     level = within.trace() / dim
-    if level <= 0:  # no building has two different images: nothing to whiten by
+    if level <= ROUNDING * total.trace():  # no building has two different images
         return _principal(total)
     shrunk = within + SHRINKAGE * level * torch.eye(dim, dtype=within.dtype, device=within.device)
     root = torch.linalg.cholesky(shrunk)  # inv(root) @ x is white within buildings
     left = torch.linalg.solve_triangular(root, total, upper=False)
     white = torch.linalg.solve_triangular(root, left.T, upper=False)
-    return torch.linalg.solve_triangular(root.T, _principal(white).T, upper=True).T
+    basis: Tensor = torch.linalg.solve_triangular(root.T, _principal(white).T, upper=True).T
+    return basis
 
 
 def _principal(covariance: Tensor) -> Tensor:
     """Eigenvectors [D, D], one per row, the largest eigenvalue first; zero beyond the rank."""
     values, vectors = torch.linalg.eigh((covariance + covariance.T) / 2)
     rounding = len(values) * torch.finfo(values.dtype).eps * values[-1]
-    return (vectors * (values > rounding)).flip(1).T
+    basis: Tensor = (vectors * (values > rounding)).flip(1).T
+    return basis
 
 
 def _covariances(

@@ -132,7 +132,7 @@ def assemble(config: Config, data: Data, *, fresh: bool) -> Pieces:
     return Pieces(
         config=config,
         model_section=model_section,
-        fingerprints={"train": data.train.fingerprint},
+        fingerprints={"train": _fingerprint(data.train)},
         bandit=bandit,
         learner=learner,
         step=step,
@@ -334,6 +334,13 @@ class _Run:
             best_metrics=progress.best_metrics,
             best_epoch=progress.best_epoch,
         )
+
+
+def _fingerprint(store: Store) -> str:
+    """The key of the embeddings, and of the buildings chosen if the store is a sample."""
+    if len(store.by_building) == len(store.building):
+        return store.fingerprint
+    return fsio.digest([store.fingerprint, store.by_building.tobytes()])
 
 
 def _check_sampler(sampler: str, bands: Bands | None) -> None:

@@ -26,8 +26,8 @@ _SECOND = _signed(0x94D049BB133111EB)
 
 def _shifted(z: Tensor, by: int) -> Tensor:
     """Logical right shift; int64's own is arithmetic."""
-    low: Tensor = z >> by
-    return low & (2 ** (64 - by) - 1)
+    shifted: Tensor = (z >> by) & (2 ** (64 - by) - 1)
+    return shifted
 
 
 def bits(key: Tensor | int, counter: Tensor) -> Tensor:

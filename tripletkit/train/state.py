@@ -130,7 +130,8 @@ def restore(pieces: Pieces, path: Path, state: Checkpoint) -> Progress:
         return Progress()
     if state["data"] != pieces.fingerprints:
         raise DataError(
-            f"{path} was trained on other embeddings than train_parquet_path holds now",
+            f"{path} was trained on other embeddings than train_parquet_path and the sample_* keys "
+            "give now",
             hint="give the new data its own paths.checkpoint_dir",
         )
     training = pieces.config.training

@@ -1,0 +1,82 @@
+"""What only a GPU can show: the captured step, placements, bf16, exact resume."""
+
+import pytest
+import torch
+
+from tests.test_loop import data, make_config, paths  # noqa: F401 - fixtures
+from tests.worlds import clustered, near_and_far
+from tripletkit.config import Training, TrainingModel
+from tripletkit.paths import run_paths
+from tripletkit.train import checkpoint as checkpoints
+from tripletkit.train.bandit import Bandit
+from tripletkit.train.device import make_deterministic
+from tripletkit.train.head import Head
+from tripletkit.train.loop import train
+from tripletkit.train.retrieval import retrieve, summarize
+from tripletkit.train.sampler import TripletIndex
+from tripletkit.train.step import DeviceStep, Learner
+from tripletkit.train.table import load_table
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
+]
+
+
+def steps(device: str, count: int, *, graph: bool = True) -> Learner:
+    """`count` steps from the same start on `device`."""
+    home = torch.device(device)
+    make_deterministic(home)
+    store = clustered(buildings=200)
+    index = TripletIndex(store, near_and_far(store), home)
+    section = Training(batch_size=32, learning_rate=1e-2, ucb_warmup_samples=60)
+    torch.manual_seed(0)
+    head = Head(TrainingModel(hidden_dim=32, output_dim=8, dropout=0.0), 16).to(home)
+    learner = Learner(head, section, Bandit(section, index.bands, home), torch.float32)
+    step = DeviceStep(learner, index, load_table(store, home))
+    step._graph_allowed = graph and home.type == "cuda"
+    step.begin(0, 1, 0)
+    for _ in range(count):
+        step()
+    assert (step._graph is not None) == (graph and home.type == "cuda")
+    return learner
+
+
+def test_the_captured_step_is_the_eager_step():
+    captured, eager = steps("cuda", 20), steps("cuda", 20, graph=False)
+    assert torch.equal(captured.bandit.pulls, eager.bandit.pulls)
+    for a, b in zip(captured.head.parameters(), eager.head.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_gpu_and_cpu_draw_the_same_and_agree_within_rounding():
+    gpu, cpu = steps("cuda", 12), steps("cpu", 12)
+    torch.testing.assert_close(gpu.tally.cpu(), cpu.tally, rtol=1e-3, atol=1e-3)
+    for a, b in zip(gpu.head.parameters(), cpu.head.parameters(), strict=True):
+        torch.testing.assert_close(a.cpu(), b, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("placement", ["device", "host"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_stopped_and_resumed_equals_uninterrupted(tmp_path, data, placement, precision):  # noqa: F811
+    training = {"device": "cuda", "placement": placement, "precision": precision, "num_epochs": 2}
+    whole, stopped = run_paths(tmp_path / "whole"), run_paths(tmp_path / "stopped")
+    train(make_config(whole, **training), data, whole)
+    while not stopped.final.exists():
+        asked = iter([False] * 3)
+        train(
+            make_config(stopped, **training), data, stopped,
+            should_stop=lambda asked=asked: next(asked, True),
+        )  # fmt: skip
+    assert stopped.metrics.read_bytes() == whole.metrics.read_bytes()
+    ours, theirs = (checkpoints.load(p.final)["model_state_dict"] for p in (stopped, whole))
+    assert all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+def test_retrieval_agrees_with_the_cpu():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(5000, 64, generator=generator)
+    building = torch.randint(0, 1000, (5000,), generator=generator)
+    on_cpu = summarize(retrieve(x, building), [1, 10, 100])
+    on_gpu = summarize(retrieve(x.cuda(), building.cuda()), [1, 10, 100])
+    assert on_gpu == pytest.approx(on_cpu, abs=1e-3)
