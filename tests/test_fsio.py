@@ -1,5 +1,6 @@
 """Files that are whole or absent, and locks that die with their holder."""
 
+import errno
 import signal
 import subprocess
 import sys
@@ -7,6 +8,7 @@ import sys
 import pytest
 
 from tripletkit import fsio
+from tripletkit.data.store import cached
 
 
 def test_atomic_write_publishes_at_the_end(tmp_path):
@@ -50,9 +52,45 @@ def test_lock_is_free_again_when_its_holder_is_killed(tmp_path):
     assert holder.stdout is not None
     with holder, holder.stdout as output:
         assert output.readline() == b"held\n"
-        with fsio.exclusive_lock(lock, wait=False) as ours:
-            assert not ours
+        with fsio.exclusive_lock(lock, wait=False) as found:
+            assert not found.ours
         holder.send_signal(signal.SIGKILL)
         holder.wait()
-        with fsio.exclusive_lock(lock, wait=False) as ours:
-            assert ours
+        with fsio.exclusive_lock(lock, wait=False) as found:
+            assert found == fsio.Lock(ours=True, sure=True)
+
+
+def test_without_locks_on_the_file_system_work_goes_on_with_a_warning(
+    tmp_path, monkeypatch, caplog
+):
+    def refuse(file, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with fsio.exclusive_lock(tmp_path / "lock") as found:
+        assert found == fsio.Lock(ours=True, sure=False)
+    assert "no file locks" in caplog.text
+
+
+def test_of_two_builders_without_locks_the_second_takes_what_the_first_published(
+    tmp_path, monkeypatch
+):
+    def refuse(file, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    folder = tmp_path / "cache" / "key"
+
+    def first(aside):
+        (aside / "a").write_text("first")
+        return {"by": "first"}
+
+    def second(aside):
+        monkeypatch.setattr("os.getpid", lambda: 1)
+        cached(folder, first)  # meanwhile, elsewhere
+        (aside / "a").write_text("second")
+        return {"by": "second"}
+
+    assert cached(folder, second)["by"] == "first"
+    assert (folder / "a").read_text() == "first"
+    assert not list(folder.parent.glob("*.tmp"))

@@ -165,7 +165,7 @@ def test_lda_without_differences_within_buildings_is_pca(tmp_path):
 
 def test_embeddings_that_are_all_the_same_are_refused(tmp_path):
     store = make_store(np.arange(300) // 3, np.full((300, 3), 0.1, np.float32))
-    with pytest.raises(DataError, match="the 300 embeddings looked at are all the same"):
+    with pytest.raises(DataError, match="the 192 embeddings looked at are all the same"):
         linear_start(store, "lda", 2, tmp_path, seed=0)
     assert not list(tmp_path.glob("init-*"))
 

@@ -295,6 +295,12 @@ def test_rows_are_counted_within_their_file(tmp_path: Path) -> None:
     )
 
 
+def test_rows_are_counted_across_batches(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parquet, "BATCH_BYTES", 10 * 4 * 8)  # ten vectors
+    message = refusal(path, edit(toy.table(), "embedding", r37=[np.nan] * 8))
+    assert "in row 37" in message
+
+
 def test_float64_beyond_float32_is_refused(path: Path) -> None:
     table = edit(toy.table(dtype="float64"), "embedding", r9=[1e200] * 8)
     assert "leaves the range of float32 in row 9" in refusal(path, table)
@@ -358,6 +364,14 @@ def test_duplicate_images_across_files_are_named_with_both_files(tmp_path: Path)
     message = refusal(tmp_path / "data")
     assert "80 rows repeat an image id" in message
     assert "(a.parquet row 0 and b.parquet row " in message
+
+
+def test_images_whose_hashes_collide_are_not_duplicates(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(parquet, "hash_texts", lambda texts, _: np.zeros(len(texts), np.uint64))
+    toy.write_parquet(path)
+    assert len(store_of(path).ids) == 80
 
 
 def test_ids_are_checked_before_a_long_read_of_the_vectors(path: Path) -> None:

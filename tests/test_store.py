@@ -300,9 +300,10 @@ def test_a_killed_builder_leaves_nothing_that_matters(
 
 def test_building_takes_little_memory_whatever_the_size(big: Path, cache: Path) -> None:
     code = """
-import resource
 from tripletkit.data.store import open_store
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def peak():  # not ru_maxrss, which starts with the size of the process that forked us
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
 before = peak()
 open_store(*map(Path, sys.argv[1:]))
 print(peak() - before)
@@ -464,6 +465,13 @@ def test_both_limits_hold(grown: tuple[Store, Store]) -> None:
     tenth = chosen(subsample(store, fraction=0.1, seed=5))
     assert chosen(subsample(store, fraction=0.1, buildings=900, seed=5)) == tenth
     assert len(chosen(subsample(store, fraction=0.1, buildings=7, seed=5))) == 7
+
+
+def test_a_sample_of_a_sample_stays_inside(grown: tuple[Store, Store]) -> None:
+    store, _ = grown
+    half = subsample(store, fraction=0.5, seed=5)
+    assert chosen(subsample(half, buildings=700, seed=6)) == chosen(half)
+    assert chosen(subsample(half, buildings=100, seed=6)) < chosen(half)
 
 
 def test_no_limit_is_the_store_itself(grown: tuple[Store, Store]) -> None:

@@ -11,7 +11,7 @@ import os
 import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from tripletkit.log import logger
 
@@ -69,7 +69,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def remove_leftovers(folder: Path, pattern: str) -> None:
-    """Delete what a killed process left aside. Call it while holding the lock that guards it."""
+    """Delete what a killed process left aside. Call it under a lock that is sure."""
     for leftover in folder.glob(pattern):
         logger.info("removing %s, left behind by a process that was killed", leftover)
         if leftover.is_dir():
@@ -78,14 +78,19 @@ def remove_leftovers(folder: Path, pattern: str) -> None:
             leftover.unlink()
 
 
+class Lock(NamedTuple):
+    """What `exclusive_lock` got."""
+
+    ours: bool  # false when another process holds it and we did not wait
+    sure: bool  # false where the file system has no locks, so others may be at work too
+
+
 @contextlib.contextmanager
-def exclusive_lock(path: Path, *, wait: bool = True) -> Iterator[bool]:
+def exclusive_lock(path: Path, *, wait: bool = True) -> Iterator[Lock]:
     """Hold `path` as a lock; the kernel frees it when its holder dies, however it dies.
 
-    Yields whether the lock is ours; without `wait` it is not when another process holds it.
-
-    A file system without locks gets a warning and no lock: callers publish by rename, so the
-    worst case there is work done twice.
+    A file system without locks gets a warning: callers publish by rename, so the worst case
+    there is work done twice.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+") as file:
@@ -94,14 +99,14 @@ def exclusive_lock(path: Path, *, wait: bool = True) -> Iterator[bool]:
         except OSError as error:
             if error.errno in (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS):
                 logger.warning("no file locks on the file system of %s: going on without", path)
-                yield True
+                yield Lock(ours=True, sure=False)
                 return
             if not wait:
-                yield False
+                yield Lock(ours=False, sure=True)
                 return
             logger.info("another process holds %s: waiting for it", path)
             fcntl.flock(file, fcntl.LOCK_EX)
-        yield True
+        yield Lock(ours=True, sure=True)
 
 
 def digest(parts: Iterable[bytes | str]) -> str:

@@ -157,11 +157,12 @@ def cached(folder: Path, build: Callable[[Path], dict[str, Any]]) -> dict[str, A
     if facts is not None:
         return facts
     try:
-        with fsio.exclusive_lock(folder.with_name(f".{folder.name}.lock")):
+        with fsio.exclusive_lock(folder.with_name(f".{folder.name}.lock")) as lock:
             facts = _facts(folder)  # another process may have built it meanwhile
             if facts is not None:
                 return facts
-            fsio.remove_leftovers(folder.parent, f".{folder.name}.*.tmp")
+            if lock.sure:
+                fsio.remove_leftovers(folder.parent, f".{folder.name}.*.tmp")
             if folder.exists():
                 logger.warning("%s is damaged: building it again", folder)
                 shutil.rmtree(folder)
@@ -181,8 +182,10 @@ def _publish(folder: Path, build: Callable[[Path], dict[str, Any]]) -> dict[str,
         facts["files"] = {path.name: path.stat().st_size for path in aside.iterdir()}
         fsio.write_json(aside / META, facts)
         fsio.publish_folder(aside, folder)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(aside, ignore_errors=True)
+        if isinstance(error, OSError) and (theirs := _facts(folder)) is not None:
+            return theirs  # where there are no locks, another builder was faster
         raise
     return facts
 

@@ -72,13 +72,13 @@ def train(
     The same configuration and data give the same bytes, however often the run is interrupted.
     Raises ConfigError, DataError or RunError.
     """
-    with fsio.exclusive_lock(paths.lock, wait=False) as ours:
-        if not ours:
+    with fsio.exclusive_lock(paths.lock, wait=False) as lock:
+        if not lock.ours:
             raise RunError(
                 f"another process is training in {paths.root}",
                 hint="wait for it, or give this run its own paths.checkpoint_dir",
             )
-        for folder in {paths.root, paths.checkpoints}:
+        for folder in {paths.root, paths.checkpoints} if lock.sure else ():
             fsio.remove_leftovers(folder, ".*.tmp")
         found = state.find(config, paths)
         pieces = assemble(config, data, fresh=found is None)

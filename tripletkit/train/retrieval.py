@@ -185,7 +185,8 @@ class _Counts:
         rank, hit = self._ranks()
         precision = torch.where(hit, self.place[: self.width] / rank.double(), 0.0).sum(1)
         relevant = self.relevant.double()
-        return rank[:, 0], precision / relevant, hit.sum(1) / relevant
+        first = rank[:, 0].clone()  # a view would keep all the ranks
+        return first, precision / relevant, hit.sum(1) / relevant
 
     def _sort_in(self, line: Tensor, value: Tensor) -> None:
         """Put each value, above the lowest threshold of its line, between its two thresholds."""
