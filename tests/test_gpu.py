@@ -23,7 +23,7 @@ pytestmark = [
 ]
 
 
-def steps(device: str, count: int, *, graph: bool = True) -> Learner:
+def steps(device: str, count: int, *, graph: bool = True, dropout: float = 0.0) -> Learner:
     """`count` steps from the same start on `device`."""
     home = torch.device(device)
     make_deterministic(home)
@@ -31,7 +31,7 @@ def steps(device: str, count: int, *, graph: bool = True) -> Learner:
     index = TripletIndex(store, near_and_far(store), home)
     section = Training(batch_size=32, learning_rate=1e-2, ucb_warmup_samples=60)
     torch.manual_seed(0)
-    head = Head(TrainingModel(hidden_dim=32, output_dim=8, dropout=0.0), 16).to(home)
+    head = Head(TrainingModel(hidden_dim=32, output_dim=8, dropout=dropout), 16).to(home)
     learner = Learner(head, section, Bandit(section, index.bands, home), torch.float32)
     step = DeviceStep(learner, index, load_table(store, home))
     step._graph_allowed = graph and home.type == "cuda"
@@ -43,7 +43,8 @@ def steps(device: str, count: int, *, graph: bool = True) -> Learner:
 
 
 def test_the_captured_step_is_the_eager_step():
-    captured, eager = steps("cuda", 20), steps("cuda", 20, graph=False)
+    captured = steps("cuda", 20, dropout=0.2)
+    eager = steps("cuda", 20, dropout=0.2, graph=False)
     assert torch.equal(captured.bandit.pulls, eager.bandit.pulls)
     for a, b in zip(captured.head.parameters(), eager.head.parameters(), strict=True):
         assert torch.equal(a, b)
@@ -71,6 +72,13 @@ def test_stopped_and_resumed_equals_uninterrupted(tmp_path, data, placement, pre
     assert stopped.metrics.read_bytes() == whole.metrics.read_bytes()
     ours, theirs = (checkpoints.load(p.final)["model_state_dict"] for p in (stopped, whole))
     assert all(torch.equal(ours[k], theirs[k]) for k in ours)
+
+
+def test_a_run_moves_from_cpu_to_gpu(paths, data):  # noqa: F811
+    train(make_config(paths, num_epochs=1, device="cpu"), data, paths)
+    result = train(make_config(paths, num_epochs=3, device="cuda"), data, paths)
+    assert result.epochs == 3
+    assert result.best_metrics["map@r"] > result.raw["map@r"]
 
 
 def test_retrieval_agrees_with_the_cpu():

@@ -38,15 +38,14 @@ def same_span(a: np.ndarray, b: np.ndarray) -> float:
 def reference_lda(building, x, shrinkage):
     """All components, leading first, one per row, by the definition and a general eigensolver."""
     x = x.astype(np.float64)
-    within = np.zeros((x.shape[1], x.shape[1]))
+    within, between = np.zeros((2, x.shape[1], x.shape[1]))
     for b in np.unique(building):
         mine = x[building == b]
         for row in mine:
-            within += np.outer(row - mine.mean(0), row - mine.mean(0))
-    total = np.cov(x.T, bias=True)
-    within /= len(x)
+            within += np.outer(row - mine.mean(0), row - mine.mean(0)) / len(x)
+            between += np.outer(mine.mean(0) - x.mean(0), mine.mean(0) - x.mean(0)) / len(x)
     within += shrinkage * np.trace(within) / len(within) * np.eye(len(within))
-    values, vectors = scipy.linalg.eig(total, within)
+    values, vectors = scipy.linalg.eig(between, within)
     return vectors.real[:, np.argsort(-values.real)].T
 
 

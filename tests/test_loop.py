@@ -126,6 +126,15 @@ def test_training_that_only_harms_hands_back_the_start_and_says_so(paths, data, 
     assert "no epoch beat the untrained head" in caplog.text
 
 
+def test_a_head_worse_than_the_raw_embeddings_says_so(paths, data, caplog):
+    config = configuration.with_values(
+        make_config(paths, num_epochs=0), training_model={"output_dim": 1}
+    )
+    result = train(config, data, paths)
+    assert result.best_metrics["map@r"] < result.raw["map@r"]
+    assert "the raw embeddings are better in map@r" in caplog.text
+
+
 def test_early_stopping_counts_validations_without_improvement(paths, data):
     result = run(paths, data, learning_rate=3.0, num_epochs=9, early_stopping_patience=2)
     assert (result.best_epoch, result.epochs) == (0, 2)

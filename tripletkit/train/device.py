@@ -28,8 +28,10 @@ def choose_device(wanted: str) -> torch.device:
             hint="ask for a GPU in the job, install a CUDA build of torch, or set "
             'training.device = "cpu"',
         )
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise RunError(f"device is {wanted!r} but there are {torch.cuda.device_count()} GPUs")
+    if device.type == "cuda":
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise RunError(f"device is {wanted!r} but there are {torch.cuda.device_count()} GPUs")
+        torch.cuda.set_device(device)  # graphs and streams go to the current one
     return device
 
 

@@ -75,7 +75,9 @@ class Evaluation:
 
     def raw(self) -> dict[str, float]:
         """Retrieval metrics of the embeddings as they are: the baseline."""
-        return self._retrieval(torch.index_select(self.table, 0, self.rows).to(self.device))
+        whole = len(self.rows) == len(self.table)  # no copy of a table that is used as it is
+        table = self.table if whole else torch.index_select(self.table, 0, self.rows)
+        return self._retrieval(table.to(self.device))
 
     def of(self, head: Head) -> dict[str, float]:
         """val_loss on the fixed triplets and the retrieval metrics of the head's output."""

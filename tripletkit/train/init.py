@@ -18,7 +18,7 @@ from tripletkit.data.store import Store, cached, map_array, write_array
 from tripletkit.errors import DataError
 from tripletkit.log import logger
 
-FORMAT = 1  # part of the key: files of another layout are not found
+FORMAT = 2  # part of the key: files of another layout are not found
 IMAGES_PER_DIM = 64  # images looked at per dimension; more hardly move a covariance
 SHRINKAGE = 0.1  # of the mean eigenvalue of the within-building covariance
 BLOCK_BYTES = 64 * 2**20  # of one block of images in float64
@@ -112,9 +112,11 @@ def _lda(within: Tensor, total: Tensor) -> Tensor:
     level = within.trace() / dim
     if level <= ROUNDING * total.trace():  # no building has two different images
         return _principal(total)
-    shrunk = within + SHRINKAGE * level * torch.eye(dim, dtype=within.dtype, device=within.device)
-    root = torch.linalg.cholesky(shrunk)  # inv(root) @ x is white within buildings
-    left = torch.linalg.solve_triangular(root, total, upper=False)
+    shrinkage = SHRINKAGE * level * torch.eye(dim, dtype=within.dtype, device=within.device)
+    root = torch.linalg.cholesky(within + shrinkage)  # inv(root) @ x is white within buildings
+    # What is left is what lies between buildings. The total, whitened, would rank first what
+    # varies most within them, since shrinkage leaves that whiter than the rest.
+    left = torch.linalg.solve_triangular(root, total - within, upper=False)
     white = torch.linalg.solve_triangular(root, left.T, upper=False)
     basis: Tensor = torch.linalg.solve_triangular(root.T, _principal(white).T, upper=True).T
     return basis

@@ -319,6 +319,14 @@ class _Run:
             logger.info("stopped early after %d epochs", progress.epoch)
         if progress.best_epoch is not None:
             logger.info("best %s %.4f, epoch %d", monitor, progress.best_value, progress.best_epoch)
+        raw = progress.raw.get(monitor)
+        if raw is not None and better(monitor, raw, progress.best_value):
+            logger.warning(
+                "the raw embeddings are better in %s (%.4f): raise training_model.output_dim, or "
+                "use them as they are",
+                monitor,
+                raw,
+            )
         if progress.best_epoch == 0 and progress.epoch > 0:
             logger.warning(
                 "no epoch beat the untrained head in %s: checkpoint_best.pt is the start", monitor

@@ -140,9 +140,11 @@ def restore(pieces: Pieces, path: Path, state: Checkpoint) -> Progress:
         if then.get(key, now[key]) != now[key]:
             logger.warning("training.%s is now %s; %s had %s", key, now[key], path, then[key])
     optimizer = pieces.learner.optimizer
+    # The settings of today count, and those of this device: the run may have moved to a GPU.
+    settings = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
     optimizer.load_state_dict(state["optimizer_state_dict"])
     for group in optimizer.param_groups:
-        group["lr"], group["weight_decay"] = training.learning_rate, training.weight_decay
+        group.update(settings)
     pieces.bandit.load_state_dict(state["bandit"])
     pieces.step.load_state_dict(state["step"])
     pieces.learner.tally.copy_(state["tally"])
