@@ -37,7 +37,7 @@ def configuration_page() -> str:
     lines = [
         "# Configuration",
         "",
-        "Generated from `tripletkit/config.py` by `make reference`; do not edit.",
+        "Generated from `tripletkit/config/sections.py` by `make reference`; do not edit.",
         "",
         INTRODUCTION.rstrip(),
     ]

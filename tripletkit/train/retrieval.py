@@ -22,6 +22,7 @@ from tripletkit.errors import DataError, RunError
 # Products of differently shaped tiles round differently, by less than this for unit vectors.
 TIE = 1e-6
 NARROWEST = 128  # gallery columns of the first, cheap look at every query
+COPY_ROWS = 8192
 TILE = {"cpu": 1024, "cuda": 16384}  # a tile of similarities: the L2 cache of a core pair; 1 GB
 
 
@@ -108,7 +109,9 @@ class _Gallery:
         assert building.shape == embeddings.shape[:1]
         _, code, sizes = torch.unique(building, return_inverse=True, return_counts=True)
         order = torch.argsort(sizes[code] * len(sizes) + code, stable=True)
-        x = embeddings.index_select(0, order).float()
+        x = torch.empty(embeddings.shape, dtype=torch.float32, device=embeddings.device)
+        for into, rows in zip(x.split(COPY_ROWS), order.split(COPY_ROWS), strict=True):
+            into.copy_(embeddings.index_select(0, rows))  # a part at a time: the copy is all we add
         norms = torch.linalg.vector_norm(x, dim=1)
         if not torch.isfinite(norms).all():
             bad = order[~torch.isfinite(norms)].sort().values
