@@ -42,7 +42,7 @@ def run(folder: Path) -> int:
             "training_model": {"output_dim": 128},
             "training": {
                 "num_epochs": 12,
-                "learning_rate": 1e-3,
+                "learning_rate": 3e-4,
                 "monitor": "map@r",
                 "retrieval_metric_top_k": [1, 5, 10],
                 "early_stopping_patience": 4,

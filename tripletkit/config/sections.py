@@ -111,7 +111,7 @@ class Training(Section):
         '"random" negatives, or "fixed:<band>".',
     )
     ucb_reward: Reward = Field(
-        "useful_rate", description="What the bandit maximises; see docs/ablation.md."
+        "negative_loss", description="What the bandit maximises; see docs/ablation.md."
     )
     ucb_exploration_constant: float = Field(
         2.0, ge=0, description="c in mean + c * sqrt(ln n / n_band)."
@@ -120,7 +120,7 @@ class Training(Section):
         1000, ge=0, description="Rewards to see before the bandit decides; uniform until then."
     )
     ucb_discount: float = Field(
-        1.0, gt=0, le=1, description="Per-step forgetting of old rewards; 1.0 never forgets."
+        0.9, gt=0, le=1, description="Per-step forgetting of old rewards; 1.0 never forgets."
     )
     ucb_floor: float = Field(
         0.0, ge=0, le=1, description="Share of each batch that is spread uniformly over the bands."
