@@ -60,6 +60,7 @@ def test_allocation_with_chunks_of_one_is_the_greedy_one(problem):
         torch.tensor(pulls, dtype=torch.float64),
         torch.tensor(owned),
         bonus=torch.tensor(bonus, dtype=torch.float64),
+        counted=torch.ones(len(owned), dtype=torch.bool),
         chunk=1,
     )
     assert chosen.tolist() == greedy(means, pulls, owned, bonus)
@@ -74,7 +75,8 @@ def test_allocation_in_chunks_stays_near_the_greedy_one(seed, batch):
     owned[:, -1] = True
     chosen = allocate(
         torch.tensor(means), torch.tensor(pulls), torch.tensor(owned),
-        bonus=torch.tensor(2.0), chunk=-(-batch // 64),
+        bonus=torch.tensor(2.0), counted=torch.ones(batch, dtype=torch.bool),
+        chunk=-(-batch // 64),
     )  # fmt: skip
     ours = np.bincount(chosen, minlength=8)
     reference = np.bincount(greedy(means, pulls, owned, 2.0), minlength=8)
@@ -139,6 +141,25 @@ def test_floor_spreads_its_share_and_leaves_the_rest_to_the_bandit():
     owned = torch.ones(20_000, 4, dtype=torch.bool)
     counts = torch.bincount(bandit.choose(owned, *draws(20_000)), minlength=4) / 20_000
     assert counts.numpy() == pytest.approx([0.1, 0.7, 0.1, 0.1], abs=0.015)
+
+
+def test_explorers_count_once_in_the_allocation_of_the_others():
+    """With a floor: the uniform pulls count, the arms that explorers would have played do not."""
+    section = {"ucb_warmup_samples": 0, "ucb_exploration_constant": 0.5}
+    bandit = make(2, ucb_floor=0.8, **section)
+    bandit.update(torch.full((3,), 100.0), torch.tensor([50.0, 48.0, 46.0]))
+    owned = torch.ones(512, 3, dtype=torch.bool)
+    random, coin = draws(512, 3)
+    chosen = bandit.choose(owned, random, coin)
+    explores = rng.unit(coin) < 0.8
+    uniform = make(2, negative_sampler="uniform").choose(owned, random, coin)
+    assert torch.equal(chosen[explores], uniform[explores])
+    pulls = 100 + np.bincount(uniform[explores], minlength=3)
+    bonus = 0.5 * math.sqrt(math.log(300))
+    others = owned[~explores].tolist()
+    expected = np.bincount(greedy([0.5, 0.48, 0.46], pulls, others, bonus), minlength=3)
+    got = np.bincount(chosen[~explores], minlength=3)
+    assert abs(got - expected).max() <= 8
 
 
 def test_warm_up_ends_with_the_number_of_rewards():

@@ -89,6 +89,28 @@ def test_usage_errors_are_one_message_and_exit_2(run, capsys, arguments, says):
     assert "Traceback" not in error
 
 
+@pytest.mark.parametrize("arguments", [[], ["data"]])
+def test_a_command_group_alone_shows_its_help(run, capsys, arguments):
+    assert run(*arguments) == 0
+    captured = capsys.readouterr()
+    assert "Commands:" in captured.out
+    assert not captured.err
+
+
+def test_a_run_folder_that_cannot_be_made_is_one_message(run, files, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    assert run("train", *use(files, "train"), "--set=paths.checkpoint_dir=file/run") == 1
+    error = capsys.readouterr().err
+    assert "file/run" in error
+    assert "Traceback" not in error
+
+
+def test_brackets_in_a_path_are_not_markup(run, files, capsys):
+    arguments = [*use(files, "train"), *QUICK, "--set=paths.checkpoint_dir=r[blue]m[/x]"]
+    assert run("train", *arguments) == 0
+    assert "r[blue]m[/x]" in capsys.readouterr().out
+
+
 def test_missing_data_is_exit_3(run, capsys):
     assert run("train", "--set=paths.train_parquet_path=nowhere.parquet") == 3
     error = capsys.readouterr().err

@@ -97,13 +97,17 @@ def test_unknown_section_is_a_warning_because_files_are_shared(tmp_path, caplog)
 @pytest.mark.parametrize(
     ("override", "where", "what"),
     [
-        ("training.margin=-1", "--set training.margin=-1", "greater than 0"),
-        ("training.margin=nan", "--set training.margin=nan", "finite"),
-        ("training.batch_size=2.5", "--set training.batch_size=2.5", "integer"),
-        ("training.negative_sampler=hard", "--set training.negative_sampler=hard", "pattern"),
+        ("training.margin=-1", "--set training.margin", "greater than 0"),
+        ("training.margin=nan", "--set training.margin", "finite"),
+        ("training.batch_size=2.5", "--set training.batch_size", "integer"),
+        ("training.negative_sampler=hard", "--set training.negative_sampler", "pattern"),
         ("training.monitor=recall@7", "[training]", "7 is not in retrieval_metric_top_k"),
         ("training_model.use_residual=false", "", "set training_model.use_residual = true"),
-        ("training.retrieval_metric_top_k=1,x", "top_k=1,x", "valid integer"),
+        (
+            "training.retrieval_metric_top_k=1,x",
+            "--set training.retrieval_metric_top_k",
+            "valid integer",
+        ),
     ],
 )
 def test_bad_value_names_where_it_came_from(override, where, what):
@@ -149,6 +153,27 @@ def test_home_and_variables_expand_in_paths_and_unset_ones_wait(monkeypatch):
     assert paths.train_parquet_path == Path("/home/ada/a.parquet")
     assert paths.val_parquet_path == Path("/scratch/ada/b.parquet")
     assert paths.test_parquet_path == Path("$SLURM_TMPDIR/c.parquet")
+
+
+def test_unknown_home_is_explained():
+    message = refused(overrides=["paths.cache_dir=~nobody-of-this-name/x"]).message
+    assert "nobody-of-this-name" in message
+
+
+def test_named_checkpoint_is_a_path_like_the_others(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/ada")
+    loaded = config.load(None, ["training.resume_from_checkpoint=~/a.pt"], {})
+    assert loaded.training.resume_from_checkpoint == "/home/ada/a.pt"
+
+
+def test_password_in_the_storage_url_is_refused_and_not_repeated():
+    message = refused(overrides=["tuning.storage_url=postgresql://u:SECRET@h/db"]).message
+    assert "PGPASSFILE" in message
+    assert "SECRET" not in message
+
+
+def test_a_value_is_not_a_table():
+    assert "is a value" in refused(overrides=["training.margin.x=1"]).message
 
 
 def test_relative_run_folders_lie_on_scratch():

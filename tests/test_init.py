@@ -233,3 +233,15 @@ def test_big_data_is_sampled_by_whole_buildings(tmp_path, monkeypatch):
     assert torch.equal(sampled.weight, linear_start(only, "lda", 3, tmp_path, seed=1).weight)
     whole = linear_start(store, "lda", 3, tmp_path, seed=1)
     assert not torch.equal(sampled.weight, whole.weight)
+
+
+def test_lda_without_differences_between_buildings_is_pca(tmp_path):
+    random = np.random.default_rng(0)
+    half = random.normal(size=(30, 6)).astype(np.float32)
+    x = np.concatenate([half, -half])  # every building has its mean at 0
+    building = np.tile(np.arange(30), 2)
+    starts = [
+        linear_start(make_store(building, x), kind, 3, tmp_path, seed=0) for kind in ("lda", "pca")
+    ]
+    assert torch.equal(starts[0].weight, starts[1].weight)
+    assert torch.isfinite(starts[0].weight).all()

@@ -1,11 +1,12 @@
 """The training loop: what it learns, keeps, reports and refuses."""
 
+import dataclasses
 import json
 
 import pytest
 import torch
 
-from tests.worlds import clustered, near_and_far
+from tests.worlds import clustered, make_bands, near_and_far
 from tripletkit import config as configuration
 from tripletkit.errors import ConfigError, DataError, RunError
 from tripletkit.paths import RunPaths, run_paths
@@ -229,6 +230,45 @@ def test_resume_from_a_named_checkpoint(paths, data, tmp_path):
     assert all(torch.equal(ours[k], theirs[k]) for k in ours)
 
 
+def test_a_named_checkpoint_only_starts_a_run_and_never_restarts_it(paths, data, tmp_path):
+    run(paths, data, num_epochs=2)
+    other = run_paths(tmp_path / "other")
+    again = {"num_epochs": 4, "resume_from_checkpoint": str(paths.final)}
+    run(other, data, **again)
+    before = other.metrics.read_bytes(), other.final.stat().st_mtime_ns
+    run(other, data, **again)
+    assert (other.metrics.read_bytes(), other.final.stat().st_mtime_ns) == before
+    assert [r["epoch"] for r in records(other)] == [2, 3, 4]  # where it came in, then its own
+    assert other.best.exists()
+
+
+def test_lost_metrics_file_is_said_and_not_padded(paths, data, caplog):
+    run(paths, data, num_epochs=1)
+    paths.metrics.unlink()
+    run(paths, data, num_epochs=2)
+    assert "has lost its first records" in caplog.text
+    assert [r["epoch"] for r in records(paths)] == [2]
+
+
+def test_a_folder_with_nothing_but_torn_checkpoints_is_refused(paths, data):
+    run(paths, data)
+    for path in paths.saved():
+        path.write_bytes(b"")
+    with pytest.raises(DataError, match="none of the 2 checkpoints"):
+        run(paths, data)
+
+
+def test_only_our_own_leftovers_are_removed(paths, data):
+    ours = paths.root / ".checkpoint_last.pt.123.tmp"
+    theirs = paths.root / ".precious.tmp"
+    paths.root.mkdir()
+    ours.touch()
+    theirs.mkdir()
+    run(paths, data, num_epochs=0)
+    assert not ours.exists()
+    assert theirs.exists()
+
+
 def test_weights_of_another_trainer_are_a_start(paths, data, tmp_path):
     torch.manual_seed(1)
     config = make_config(paths)
@@ -253,10 +293,66 @@ def test_other_architecture_lists_the_keys_that_differ(paths, data):
     assert "hidden_layers.0.weight: missing in the checkpoint" in message
 
 
-def test_other_data_in_the_same_folder_is_refused(paths, data):
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"train": clustered(seed=9, name="other")}, "training embeddings"),
+        ({"bands": None}, "difficulty bands"),
+        ({"val": clustered(seed=9, name="other")}, "validation embeddings"),
+    ],
+)
+def test_other_data_in_the_same_folder_is_refused(paths, data, change, named):
+    bands = dataclasses.replace(data.bands, key="bands")
+    data = dataclasses.replace(data, bands=bands)
     run(paths, data)
-    with pytest.raises(DataError, match="trained on other embeddings"):
-        run(paths, Data(clustered(seed=9, name="other")))
+    with pytest.raises(DataError, match=f"these differ: {named}"):
+        run(paths, dataclasses.replace(data, **change))
+
+
+def test_other_activation_is_refused_though_the_weights_would_fit(paths, data):
+    run(paths, data)
+    config = configuration.with_values(make_config(paths), training_model={"activation": "relu"})
+    with pytest.raises(DataError, match="trained with the activation 'gelu'"):
+        train(config, data, paths)
+
+
+def test_another_monitor_starts_a_new_search_for_the_best(paths, data):
+    run(paths, data, num_epochs=2, monitor="val_loss")
+    result = run(paths, data, num_epochs=4, monitor="recall@1")
+    after = [r for r in records(paths) if r["epoch"] > 2]
+    best = max(after, key=lambda r: r["recall@1"])
+    assert result.best_metrics["recall@1"] == best["recall@1"]
+
+
+def test_early_stopped_run_goes_on_with_more_patience(paths, data):
+    harmful = {"learning_rate": 3.0, "num_epochs": 4}
+    assert run(paths, data, early_stopping_patience=1, **harmful).epochs == 1
+    assert run(paths, data, early_stopping_patience=3, **harmful).epochs == 3
+
+
+def test_batch_larger_than_the_data_is_one_batch(paths, data):
+    run(paths, data, batch_size=10**9, num_epochs=2)
+    assert [r["step"] for r in records(paths)] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("switch", [("host", "device"), ("device", "host")])
+def test_a_run_may_move_between_placements_without_losing_rewards(paths, data, switch):
+    asked = iter([False] * 3)
+    train(
+        make_config(paths, placement=switch[0], ucb_discount=1.0), data, paths,
+        should_stop=lambda: next(asked, True),
+    )  # fmt: skip
+    run(paths, data, placement=switch[1], ucb_discount=1.0)
+    bandit = checkpoints.load(paths.final)["bandit"]
+    assert int(bandit["seen"]) == 3 * 160
+    assert float(bandit["pulls"].sum()) == 3 * 160
+    assert float(bandit["in_flight"].sum()) == 0
+
+
+def test_bands_without_a_neighbour_left_give_random_negatives(paths, data):
+    empty = make_bands([[[], []] for _ in data.train.building], 2)
+    run(paths, dataclasses.replace(data, bands=empty), num_epochs=1)
+    assert records(paths)[1]["bands"]["share"] == [0, 0, 1]
 
 
 def test_changed_hyperparameters_are_named_on_resume(paths, data, caplog):

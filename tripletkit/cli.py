@@ -22,14 +22,18 @@ if TYPE_CHECKING:
 # Typer may carry its own copy of click: its errors are reached through Typer.
 UsageError: Any = typer.BadParameter.__base__
 
+OUT_OF_MEMORY = (
+    'lower training.batch_size, set training.placement = "host", or evaluate on less with the '
+    "val_sample_* keys"
+)
+
 app = typer.Typer(
     name="tripletkit",
     help="Train, tune and apply triplet-loss projection heads on precomputed embeddings.",
-    no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-data_app = typer.Typer(help="Check, split and prepare the embeddings.", no_args_is_help=True)
+data_app = typer.Typer()
 app.add_typer(data_app, name="data")
 
 ConfigFile = Annotated[
@@ -44,6 +48,7 @@ Overrides = Annotated[
 
 @app.callback(invoke_without_command=True)
 def root(
+    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Show the version.")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show debug messages.")] = False,
 ) -> None:
@@ -52,6 +57,18 @@ def root(
         typer.echo(f"tripletkit {__version__}")
         raise typer.Exit
     log.setup(verbose=verbose)
+    _help_if_alone(context)
+
+
+@data_app.callback(invoke_without_command=True)
+def data(context: typer.Context) -> None:
+    """Check, split and prepare the embeddings."""
+    _help_if_alone(context)
+
+
+def _help_if_alone(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
 
 
 @app.command()
@@ -169,7 +186,15 @@ def run(command: Callable[[], int | None]) -> int:
     except (KeyboardInterrupt, typer.Abort):
         _say("interrupted", None)
         return Interrupted.exit_code
-    except Exception:  # noqa: BLE001 - the boundary: a bug shows its traceback, and says so
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        _say(f"{where}{error.strerror or error}", None)
+        return TripletkitError.exit_code
+    except Exception as error:  # noqa: BLE001 - the boundary: a bug shows its traceback, and says so
+        torch = sys.modules.get("torch")
+        if torch is not None and isinstance(error, torch.OutOfMemoryError):
+            _say(f"the GPU ran out of memory: {str(error).splitlines()[0]}", OUT_OF_MEMORY)
+            return TripletkitError.exit_code
         traceback.print_exc()
         _say(
             f"this is a bug in tripletkit {__version__}",

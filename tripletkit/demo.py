@@ -83,4 +83,4 @@ def _picture(config: Config, path: Path) -> None:
 
 
 def _step(title: str) -> None:
-    log.out.print(f"\n[bold]{title}[/bold]", soft_wrap=True)
+    log.out.print(f"\n{title}", style="bold", soft_wrap=True)

@@ -14,7 +14,7 @@ from rich.console import Console
 logger = logging.getLogger("tripletkit")
 
 # Results go to stdout, everything else to stderr, so that output can be piped.
-out = Console(highlight=False)
+out = Console(highlight=False, markup=False)
 err = Console(stderr=True, highlight=False)
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from tripletkit import log
 from tripletkit.config import Config
-from tripletkit.errors import DONE, ConfigError, DataError, Interrupted, RunError
+from tripletkit.errors import DONE, ConfigError, DataError, Interrupted
 from tripletkit.log import logger
 from tripletkit.paths import run_paths
 
@@ -23,21 +23,12 @@ SPLITS = ("train", "val", "test")
 
 def train(config: Config) -> int:
     """Train, or go on with, the run in `checkpoint_dir`; prints raw versus trained."""
-    import torch
-
     from tripletkit.cluster import preempt
     from tripletkit.train import loop
 
     paths = run_paths(config.checkpoint_dir)
     with preempt.watch() as stop_requested, log.also_to(paths.log, config.logging.log_file):
-        data = training_data(config)
-        try:
-            result = loop.train(config, data, paths, should_stop=stop_requested)
-        except torch.OutOfMemoryError as error:
-            raise RunError(
-                f"the GPU ran out of memory: {str(error).splitlines()[0]}",
-                hint='lower training.batch_size, or set training.placement = "host"',
-            ) from None
+        result = loop.train(config, training_data(config), paths, should_stop=stop_requested)
     if result.status == "stopped":
         raise Interrupted(
             f"stopped in epoch {result.epochs + 1}; the state is in {paths.last}",
@@ -86,7 +77,7 @@ def open_head(config: Config, split: str, checkpoint: Path) -> tuple[Store, Head
 
     state = checkpoints.load(checkpoint)
     section = config.training_model
-    if "config" in state:  # what it was trained as counts, not what the file says today
+    if "progress" in state:  # ours: what it was trained as counts, not what the file says today
         section = TrainingModel(**state["config"]["training_model"])
     store = open_store(_parquet(config, split), config.cache_dir, dim=section.input_dim)
     head = Head(section, store.embeddings.shape[1])
@@ -249,6 +240,7 @@ def _print_metrics(title: str, results: Mapping[str, Mapping[str, float]]) -> No
     log.out.print(title, soft_wrap=True)
     table = Table("metric", *results)
     for name in metric_names(columns[-1]):
-        table.add_row(name, *(f"{column[name]:.4f}" for column in columns))
+        if all(name in column for column in columns):  # top_k may have changed since
+            table.add_row(name, *(f"{column[name]:.4f}" for column in columns))
     table.add_row("queries", *(f"{int(column['queries']):,}" for column in columns))
     log.out.print(table)

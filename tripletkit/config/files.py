@@ -190,8 +190,11 @@ def _from_flags(overrides: Sequence[str]) -> list[tuple[str, str, str, str]]:
             raise ConfigError(
                 f"--set {text}: no section {section!r}", hint=f"did you mean {near!r}?"
             )
-        _check_key(section, key.partition(".")[0], f"--set {text}")
-        found.append((section, key, value, f"--set {text}"))
+        name, _, rest = key.partition(".")
+        _check_key(section, name, f"--set {text}")
+        if rest and name != "space":
+            raise ConfigError(f"--set {text}: {name!r} is a value, not a table")
+        found.append((section, key, value, f"--set {section}.{key}"))
     return found
 
 
@@ -242,7 +245,7 @@ def _explain(error: ValidationError, origin: Mapping[tuple[str, str], str]) -> C
         where = origin.get((section, key), f"[{section}] {'.'.join(place[1:])}".strip())
         message = problem["msg"].removeprefix("Value error, ")
         message = message[0].lower() + message[1:]
-        if key and not isinstance(problem["input"], dict):
+        if key and key != "storage_url" and not isinstance(problem["input"], dict):
             message += f" (got {problem['input']!r})"
         lines.append(f"{where}: {message}")
     return ConfigError("\n".join(lines))

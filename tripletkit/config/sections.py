@@ -5,13 +5,24 @@ from __future__ import annotations
 import os
 from pathlib import Path
 from typing import Annotated, Literal
+from urllib.parse import urlsplit
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    field_validator,
+    model_validator,
+)
 
 
 def expand(path: Path) -> Path:
     """Expand `~` and `$VARS`; a variable that is not set here (say on a login node) stays."""
-    return Path(os.path.expandvars(path)).expanduser()
+    try:
+        return Path(os.path.expandvars(path)).expanduser()
+    except RuntimeError as error:  # ~nobody-here/...
+        raise ValueError(str(error)) from None
 
 
 def absolute(path: Path) -> Path:
@@ -177,6 +188,11 @@ class Training(Section):
         "trial_*", description="submit-best: which W&B runs are trials."
     )
 
+    @field_validator("resume_from_checkpoint")
+    @classmethod
+    def _expand_named_checkpoint(cls, value: str) -> str:
+        return value if value in ("auto", "none") else str(absolute(Path(value)))
+
     @model_validator(mode="after")
     def _monitored_k_is_computed(self) -> Training:
         if self.monitor.startswith("recall@"):
@@ -266,6 +282,16 @@ class Tuning(Section):
         "median", description="How bad trials end early."
     )
     space: dict[str, Range] = Field(DEFAULT_SPACE, description="The search space.")
+
+    @field_validator("storage_url")
+    @classmethod
+    def _no_password_in_the_url(cls, value: str | None) -> str | None:
+        if value is not None and urlsplit(value).password is not None:
+            raise ValueError(
+                "holds a password, which would end up in logs and run folders: take it out and "
+                "put it into the file that PGPASSFILE names"
+            )
+        return value
 
 
 class Slurm(Section):

@@ -57,6 +57,7 @@ class Bands:
     count: int  # K
     neighbors: NDArray[np.int32]  # building codes of the store
     offsets: NDArray[np.int64]  # [N * K + 1] row i, band b: offsets[i * K + b] to [i * K + b + 1]
+    key: str = ""  # of the metadata's content and the store's
 
 
 # --- reading ---------------------------------------------------------------------------------
@@ -77,6 +78,7 @@ def open_bands(path: Path, store: Store, cache_dir: Path) -> Bands:
         count=facts["bands"],
         neighbors=map_array(folder / "neighbors.i32"),
         offsets=map_array(folder / "offsets.i64"),
+        key=key,
     )
     return bands if len(store.by_building) == len(store.building) else _restrict(bands, store)
 
@@ -97,7 +99,7 @@ def _restrict(bands: Bands, store: Store) -> Bands:
         offsets[start * K + 1 : (start + len(inside)) * K + 1] = (
             offsets[start * K] + kept[ends[1:] - ends[0]]
         )
-    return Bands(K, np.concatenate(neighbors), offsets)
+    return Bands(K, np.concatenate(neighbors), offsets, bands.key)
 
 
 def _join(files: Sequence[Path], store: Store, aside: Path) -> dict[str, Any]:

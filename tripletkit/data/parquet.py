@@ -99,7 +99,10 @@ def find_files(source: Path) -> tuple[Path, ...]:
     elif glob.has_magic(text):
         first = next(i for i, part in enumerate(source.parts) if glob.has_magic(part))
         pattern = Path(*source.parts[first:])
-        found = list(Path(*source.parts[:first]).glob(str(pattern)))
+        try:
+            found = list(Path(*source.parts[:first]).glob(str(pattern)))
+        except ValueError as error:
+            raise DataError(f"{source}: {error}", hint="for example data/**/*.parquet") from None
         problem, hint = f"{source}: no file matches this pattern", None
     else:
         problem, found = f"{source}: no such file or folder", []

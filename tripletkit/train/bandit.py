@@ -63,7 +63,12 @@ class Bandit:
         virtual = self.pulls + self.in_flight
         virtual += sum_per_arm(uniform, explores[:, None], self.arms)[:, 0]
         greedy = allocate(
-            self.means(), virtual, owned, bonus=self._bonus(), chunk=-(-len(owned) // CHUNKS)
+            self.means(),
+            virtual,
+            owned,
+            bonus=self._bonus(),
+            counted=~explores,
+            chunk=-(-len(owned) // CHUNKS),
         )
         return torch.where(explores, uniform, greedy)
 
@@ -91,20 +96,22 @@ class Bandit:
         return self.exploration * self.pulls.sum().clamp(min=1).log().sqrt()
 
 
-def allocate(means: Tensor, pulls: Tensor, owned: Tensor, *, bonus: Tensor, chunk: int) -> Tensor:
+def allocate(
+    means: Tensor, pulls: Tensor, owned: Tensor, *, bonus: Tensor, counted: Tensor, chunk: int
+) -> Tensor:
     """Give each anchor the owned arm with the largest mean + bonus / sqrt(pulls); int64 [B].
 
-    Anchors come in chunks; the pulls of a chunk count for the next one. With `chunk` 1 this is
-    the greedy allocation, pull by pull.
+    Anchors come in chunks; the pulls of a chunk count for the next one, save those of anchors
+    that are not `counted`, bool [B]. With `chunk` 1 this is the greedy allocation, pull by pull.
     """
     numbers = torch.arange(len(means), device=means.device)
     pulls = pulls.clone()
     chosen = []
-    for part in owned.split(chunk):
+    for part, count in zip(owned.split(chunk), counted.split(chunk), strict=True):
         index = means + bonus / pulls.sqrt()  # an arm never pulled: infinite, or 0/0 at first
         index = index.nan_to_num(nan=math.inf, posinf=math.inf)
         arms = torch.where(part, index, -math.inf).argmax(1)
-        pulls += (arms[:, None] == numbers).sum(0)
+        pulls += ((arms[:, None] == numbers) & count[:, None]).sum(0)
         chosen.append(arms)
     return torch.cat(chosen)
 

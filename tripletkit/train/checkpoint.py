@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,10 @@ from tripletkit.log import logger
 FORMAT = 1
 
 Checkpoint = dict[str, Any]
+
+
+class TornError(DataError):
+    """A file under a checkpoint's name that is not a whole checkpoint."""
 
 
 def save(checkpoint: Checkpoint, *paths: Path) -> None:
@@ -35,12 +38,14 @@ def load(path: Path) -> Checkpoint:
     except pickle.UnpicklingError as error:
         raise DataError(
             f"{path} holds more than tensors and plain values, or is no checkpoint at all: "
-            f"{str(error).splitlines()[0]}",
+            f"{_first_line(error)}",
             hint="it is not loaded, since that could run code",
         ) from None
-    except (RuntimeError, EOFError, OSError, zipfile.BadZipFile, ValueError, KeyError) as error:
-        raise DataError(
-            f"{path} is torn or not a checkpoint: {str(error).splitlines()[0]}",
+    except PermissionError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from None
+    except Exception as error:  # noqa: BLE001 - what torn bytes make the reader raise is open
+        raise TornError(
+            f"{path} is torn or not a checkpoint: {_first_line(error)}",
             hint='delete it; resume_from_checkpoint = "auto" takes the newest good one',
         ) from None
     if not isinstance(checkpoint, dict) or "model_state_dict" not in checkpoint:
@@ -54,17 +59,30 @@ def load(path: Path) -> Checkpoint:
 
 
 def newest(paths: Iterable[Path]) -> tuple[Path, Checkpoint] | None:
-    """The good checkpoint that got furthest; torn ones are named and passed over."""
+    """The good checkpoint that got furthest; torn ones are named and passed over.
+
+    None if there are no paths at all; DataError if there are but none is good.
+    """
+    paths = list(paths)
     best: tuple[Path, Checkpoint] | None = None
     for path in paths:
         try:
             checkpoint = load(path)
-        except DataError as error:
+        except TornError as error:
             logger.warning("%s", error.message)
             continue
         if best is None or _progress(checkpoint) > _progress(best[1]):
             best = path, checkpoint
+    if paths and best is None:
+        raise DataError(
+            f"none of the {len(paths)} checkpoints in {paths[0].parent} can be used",
+            hint="delete them to start over",
+        )
     return best
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _progress(checkpoint: Checkpoint) -> tuple[int, bool]:

@@ -110,8 +110,9 @@ def _lda(within: Tensor, total: Tensor) -> Tensor:
     """Components [D, D], one per row, that are white within buildings, leading ones first."""
     dim = len(within)
     level = within.trace() / dim
-    if level <= ROUNDING * total.trace():  # no building has two different images
-        return _principal(total)
+    apart = (total - within).trace()
+    if min(dim * level, apart) <= ROUNDING * total.trace():
+        return _principal(total)  # nothing to whiten by, or nothing that tells buildings apart
     shrinkage = SHRINKAGE * level * torch.eye(dim, dtype=within.dtype, device=within.device)
     root = torch.linalg.cholesky(within + shrinkage)  # inv(root) @ x is white within buildings
     # What is left is what lies between buildings. The total, whitened, would rank first what

@@ -30,6 +30,8 @@ from tripletkit.train.step import LOSS, PULLS, REWARD, VIOLATIONS, DeviceStep, H
 from tripletkit.train.table import choose_placement, load_table
 from tripletkit.train.trackers import MetricsFile, Tracker, open_trackers
 
+LOSSES = ("train_loss", "val_loss")
+
 Report = Callable[[int, Mapping[str, float]], None]
 
 
@@ -78,11 +80,14 @@ def train(
                 f"another process is training in {paths.root}",
                 hint="wait for it, or give this run its own paths.checkpoint_dir",
             )
-        for folder in {paths.root, paths.checkpoints} if lock.sure else ():
-            fsio.remove_leftovers(folder, ".*.tmp")
+        if lock.sure:
+            fsio.remove_leftovers(paths.checkpoints, ".checkpoint_*.pt.*.tmp")
+            fsio.remove_leftovers(paths.root, f".{paths.config.name}.*.tmp")
         found = state.find(config, paths)
         pieces = assemble(config, data, fresh=found is None)
         progress = state.restore(pieces, *found) if found else Progress()
+        if found and found[0].parent.absolute() != paths.checkpoints.absolute():
+            state.move_in(progress)
         fsio.write_text(paths.config, configuration.dump(config))
         file = MetricsFile(paths.metrics, progress.metrics_bytes)
         settings = configuration.describe(config)
@@ -132,7 +137,11 @@ def assemble(config: Config, data: Data, *, fresh: bool) -> Pieces:
     return Pieces(
         config=config,
         model_section=model_section,
-        fingerprints={"train": _fingerprint(data.train)},
+        fingerprints={
+            "training embeddings": _fingerprint(data.train),
+            "difficulty bands": data.bands.key if data.bands else "",
+            "validation embeddings": _fingerprint(data.val) if data.val else "",
+        },
         bandit=bandit,
         learner=learner,
         step=step,
@@ -182,7 +191,7 @@ class _Run:
         """Epoch 0: the raw embeddings and the untrained head, which may turn out the best."""
         progress = self.progress
         progress.evaluated_start = True
-        record: dict[str, Any] = {"epoch": 0, "step": 0}
+        record: dict[str, Any] = {"epoch": progress.epoch, "step": progress.global_step}
         if self.pieces.evaluation is not None:
             progress.raw = self.pieces.evaluation.raw()
             record["raw"] = progress.raw
@@ -191,7 +200,8 @@ class _Run:
         progress.metrics_bytes = self.file.append(record)
         if self.pieces.evaluation is not None:
             self._save(self.paths.best)
-            self._tell({f"raw/{name}": value for name, value in progress.raw.items()})
+            raw = {f"raw/{name}": value for name, value in progress.raw.items()}
+            self._tell({**progress.metrics, **raw}, validated=True)
 
     def _train_epoch(self, should_stop: Callable[[], bool]) -> bool:
         """Run the rest of the current epoch; False if asked to stop, with the state saved."""
@@ -247,12 +257,9 @@ class _Run:
             names.append(self.paths.epoch(progress.epoch))
         if names:
             self._save(*names)
-        if validate:
-            self._tell(
-                {f"band_{n}/{i}": x for n, xs in bands.items() for i, x in enumerate(xs) if x}
-            )
-        else:
-            logger.info("epoch %d/%d %s", progress.epoch, section.num_epochs, self._losses())
+        metrics = {f"band_{n}/{i}": x for n, xs in bands.items() for i, x in enumerate(xs) if x}
+        metrics["train_loss"] = progress.train_loss
+        self._tell({**metrics, **(progress.metrics if validate else {})}, validated=validate)
 
     def _validate(self) -> dict[str, float]:
         """Evaluate the head and update what is best; returns the metrics."""
@@ -272,26 +279,17 @@ class _Run:
         progress.early_stopped = 0 < self.section.early_stopping_patience <= progress.waited
         return metrics
 
-    def _tell(self, extra: Mapping[str, float]) -> None:
-        """Log the newest metrics and hand them to the trackers and the caller."""
+    def _tell(self, metrics: Mapping[str, float], *, validated: bool) -> None:
+        """Log how the epoch went, and hand its metrics to the trackers and the caller."""
         progress = self.progress
-        logger.info(
-            "epoch %d/%d %s %s",
-            progress.epoch,
-            self.section.num_epochs,
-            self._losses(),
-            _shown(progress.metrics),
-        )
-        losses = {} if progress.train_loss is None else {"train_loss": progress.train_loss}
+        shown = [f"{name} {metrics[name]:.4f}" for name in LOSSES if name in metrics]
+        if validated:
+            shown.append(_shown(progress.metrics))
+        logger.info("epoch %d/%d %s", progress.epoch, self.section.num_epochs, " ".join(shown))
         for track in self.trackers:
-            track(progress.epoch, {**progress.metrics, **losses, **extra})
-        if self.report is not None:
+            track(progress.epoch, metrics)
+        if validated and self.report is not None:
             self.report(progress.epoch, progress.metrics)
-
-    def _losses(self) -> str:
-        progress = self.progress
-        losses = {"train_loss": progress.train_loss, "val_loss": progress.metrics.get("val_loss")}
-        return " ".join(f"{k} {v:.4f}" for k, v in losses.items() if v is not None)
 
     def _train_loss(self) -> float:
         """Mean loss of the epoch so far. Waits for the device. Raises RunError if not finite."""

@@ -20,6 +20,8 @@ from tripletkit.train.device import as_tensor
 POSITIVE, COIN, ARM, NEIGHBOR, IMAGE = range(5)
 STREAMS = 5
 
+SAMPLE = "check the file, and the sample_* and val_sample_* keys"
+
 
 class Triplets(NamedTuple):
     """One batch: row numbers and the arm that each negative came from, int64 [B] each."""
@@ -40,9 +42,11 @@ class TripletIndex:
     def __init__(self, store: Store, bands: Bands | None, device: torch.device) -> None:
         sizes = np.diff(store.starts)
         if np.count_nonzero(sizes) < 2:
-            raise DataError(f"{store.source}: triplets need two buildings or more")
+            raise DataError(f"{store.source}: triplets need two buildings or more", hint=SAMPLE)
         if sizes.max() < 2:
-            raise DataError(f"{store.source}: no building has two images, so nothing is positive")
+            raise DataError(
+                f"{store.source}: no building has two images, so nothing is positive", hint=SAMPLE
+            )
         self.bands = bands.count if bands else 0
         # Rows left out by subsampling keep slot 0; nothing ever points at them.
         slot = np.zeros(len(store.building), dtype=np.int32)
@@ -59,7 +63,8 @@ class TripletIndex:
         self.by_building = put(store.by_building)
         self.starts = put(store.starts)
         self.slot = put(slot)
-        self.neighbors = put(bands.neighbors) if bands else self.slot[:1]
+        some = bands is not None and len(bands.neighbors) > 0
+        self.neighbors = put(bands.neighbors) if bands and some else self.slot[:1]
         self.offsets = put(bands.offsets) if bands else self.starts[:1]
         self._steps = torch.arange(self.bands + 1, device=device)
         self._streams = torch.arange(STREAMS, device=device)[:, None] << 40

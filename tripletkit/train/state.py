@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from tripletkit.config import Config, TrainingModel
-from tripletkit.errors import ConfigError, DataError
+from tripletkit.errors import ConfigError, DataError, RunError
 from tripletkit.log import logger
 from tripletkit.paths import RunPaths
 from tripletkit.train import checkpoint as checkpoints
@@ -75,17 +75,31 @@ class Pieces:
 def find(config: Config, paths: RunPaths) -> tuple[Path, Checkpoint] | None:
     """The checkpoint to go on from, as `resume_from_checkpoint` wants it."""
     wanted, saved = config.training.resume_from_checkpoint, paths.saved()
-    if wanted == "auto":
+    if wanted == "none" and saved:
+        raise ConfigError(
+            f"{paths.checkpoints} holds checkpoints of an earlier run ({saved[0].name}, ...) "
+            'and resume_from_checkpoint is "none"',
+            hint='delete them, choose another paths.checkpoint_dir, or resume with "auto"',
+        )
+    if saved:  # a named one starts a run; from then on the run's own count, also after a requeue
         return checkpoints.newest(saved)
-    if wanted == "none":
-        if saved:
-            raise ConfigError(
-                f"{paths.checkpoints} holds checkpoints of an earlier run ({saved[0].name}, ...) "
-                'and resume_from_checkpoint is "none"',
-                hint='delete them, choose another paths.checkpoint_dir, or resume with "auto"',
-            )
+    if wanted in ("auto", "none"):
         return None
     return Path(wanted), checkpoints.load(Path(wanted))
+
+
+def move_in(progress: Progress) -> None:
+    """Go on in another folder than the checkpoint's: its best and its metric log stay there."""
+    progress.evaluated_start = progress.finished = progress.early_stopped = False
+    progress.metrics_bytes = 0
+    _forget_best(progress)
+
+
+def _forget_best(progress: Progress) -> None:
+    progress.best_value = progress.best_epoch = None
+    progress.best_val_loss = progress.best_val_epoch = None
+    progress.best_metrics = {}
+    progress.waited = 0
 
 
 def save(pieces: Pieces, progress: Progress, *paths: Path) -> None:
@@ -119,7 +133,14 @@ def save(pieces: Pieces, progress: Progress, *paths: Path) -> None:
         },
         "data": pieces.fingerprints,
     }
-    checkpoints.save(checkpoint, *paths)
+    try:
+        checkpoints.save(checkpoint, *paths)
+    except OSError as error:
+        raise RunError(
+            f"{paths[0]}: cannot be written: {error.strerror or error}",
+            hint="make room or choose another paths.checkpoint_dir; the same command goes on from "
+            "the newest checkpoint",
+        ) from None
 
 
 def restore(pieces: Pieces, path: Path, state: Checkpoint) -> Progress:
@@ -128,17 +149,26 @@ def restore(pieces: Pieces, path: Path, state: Checkpoint) -> Progress:
     if "progress" not in state:
         logger.info("starting from the weights of %s, which another trainer wrote", path)
         return Progress()
-    if state["data"] != pieces.fingerprints:
+    other = [name for name, key in pieces.fingerprints.items() if state["data"].get(name) != key]
+    if other:
         raise DataError(
-            f"{path} was trained on other embeddings than train_parquet_path and the sample_* keys "
-            "give now",
-            hint="give the new data its own paths.checkpoint_dir",
+            f"{path} comes from a run with other data; these differ: {', '.join(other)}",
+            hint="give the new data (or the new sample_* keys) its own paths.checkpoint_dir",
         )
-    training = pieces.config.training
-    then, now = state["config"]["training"], training.model_dump()
-    for key in sorted(now.keys() - HARMLESS):
-        if then.get(key, now[key]) != now[key]:
-            logger.warning("training.%s is now %s; %s had %s", key, now[key], path, then[key])
+    training, then = pieces.config.training, state["config"]
+    if then["training_model"]["activation"] != pieces.model_section.activation:
+        raise DataError(
+            f"{path} was trained with the activation {then['training_model']['activation']!r}, "
+            f"training_model.activation is {pieces.model_section.activation!r}",
+            hint="make [training_model] what the checkpoint was trained with",
+        )
+    changed = _changes("training.", then["training"], training.model_dump())
+    changed |= _changes(
+        "training_model.", then["training_model"], pieces.model_section.model_dump()
+    )
+    changed |= _changes("global.", {"seed": then["seed"]}, {"seed": pieces.config.global_.seed})
+    for key, (before, now) in changed.items():
+        logger.warning("%s is now %s; %s had %s", key, now, path, before)
     optimizer = pieces.learner.optimizer
     # The settings of today count, and those of this device: the run may have moved to a GPU.
     settings = {k: v for k, v in optimizer.param_groups[0].items() if k != "params"}
@@ -149,12 +179,24 @@ def restore(pieces: Pieces, path: Path, state: Checkpoint) -> Progress:
     pieces.step.load_state_dict(state["step"])
     pieces.learner.tally.copy_(state["tally"])
     progress = Progress(**state["progress"])
+    if changed.keys() & {"training.monitor", "training.margin", "training.loss_distance"}:
+        _forget_best(progress)  # its value does not compare with those to come
+    progress.early_stopped = 0 < training.early_stopping_patience <= progress.waited
     if progress.epoch < training.num_epochs and not progress.early_stopped:
         progress.finished = False
     logger.info(
         "resuming from %s after %d epochs and %d anchors", path, progress.epoch, progress.place
     )
     return progress
+
+
+def _changes(prefix: str, then: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Keys, apart from the harmless, that both have with different values: (then, now)."""
+    return {
+        prefix + key: (then[key], now[key])
+        for key in sorted(then.keys() & now.keys() - HARMLESS)
+        if then[key] != now[key]
+    }
 
 
 def _on_cpu(value: Any) -> Any:

@@ -89,7 +89,7 @@ class DeviceStep:
         self.index = index
         self.table = table
         self.device = table.device
-        self.batch = learner.section.batch_size
+        self.batch = min(learner.section.batch_size, len(index.anchors))
         # Static addresses for the graph; the epoch's values are copied into them.
         self._order = torch.empty_like(index.anchors)
         self._place = torch.zeros((), dtype=torch.int64, device=self.device)
@@ -130,7 +130,12 @@ class DeviceStep:
         return {}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Nothing is in flight here."""
+        """Credit at once what a `HostStep` left in flight."""
+        bandit = self.learner.bandit
+        bandit.in_flight.zero_()
+        if "unsettled" in state:
+            tally = state["unsettled"].to(self.device)
+            bandit.update(tally[:, PULLS], tally[:, REWARD])
 
     def _step(self, size: int) -> None:
         lanes = self._place + self._lanes[:size]
@@ -175,7 +180,7 @@ class HostStep:
         self.table = table
         self.bandit = learner.bandit
         self.device = learner.tally.device
-        self.batch = learner.section.batch_size
+        self.batch = min(learner.section.batch_size, len(index.anchors))
         on_gpu = self.device.type == "cuda"
         self._buffers = [
             torch.empty(3 * self.batch, table.shape[1], dtype=table.dtype, pin_memory=on_gpu)
@@ -183,7 +188,8 @@ class HostStep:
         ]
         self._thread = ThreadPoolExecutor(1, "prefetch")
         self._ahead: Future[tuple[Triplets, Tensor]] | None = None
-        self._unsettled: Tensor | None = None
+        self._unsettled: Tensor | None = None  # the last step's tally, on the CPU, once it is there
+        self._answered = torch.cuda.Event() if on_gpu else None
 
     def begin(self, seed: int, epoch: int, place: int) -> None:
         """Go to anchor number `place` of `epoch`."""
@@ -208,7 +214,7 @@ class HostStep:
             tally = self._learn(triplets, x)
             self._settle(triplets)
             self._prefetch(following)
-        self._unsettled = tally
+        self._answer(tally)
         self.place = following
 
     def finish(self) -> None:
@@ -217,7 +223,10 @@ class HostStep:
 
     def state_dict(self) -> dict[str, Tensor]:
         """The tally of the last step, which the bandit has not been credited with yet."""
-        return {} if self._unsettled is None else {"unsettled": self._unsettled.cpu()}
+        if self._unsettled is None:
+            return {}
+        self._wait()
+        return {"unsettled": self._unsettled}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Call it before `begin`, which draws ahead."""
@@ -243,11 +252,26 @@ class HostStep:
         torch.index_select(self.table, 0, torch.cat(triplets[:3]), out=x)
         return triplets, x
 
+    def _answer(self, tally: Tensor) -> None:
+        """Keep a step's tally for `_settle`; on a GPU it is copied behind the step, not awaited."""
+        if self._answered is None:
+            self._unsettled = tally
+            return
+        # A new buffer each time: the one before may still be asked for.
+        self._unsettled = torch.empty(tally.shape, dtype=tally.dtype, pin_memory=True)
+        self._unsettled.copy_(tally, non_blocking=True)
+        self._answered.record()
+
+    def _wait(self) -> None:
+        """Wait until the last step's tally, and so its copy of the batch, is through."""
+        if self._answered is not None:
+            self._answered.synchronize()
+
     def _settle(self, drawn: Triplets | None) -> None:
         """Credit the step before; what was `drawn` since is in flight now."""
         if self._unsettled is not None:
-            tally = self._unsettled.cpu()
-            self.bandit.update(tally[:, PULLS], tally[:, REWARD])
+            self._wait()
+            self.bandit.update(self._unsettled[:, PULLS], self._unsettled[:, REWARD])
             self._unsettled = None
         self.bandit.in_flight.zero_()
         if drawn is not None:

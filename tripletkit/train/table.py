@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -48,15 +49,21 @@ def row_batches(rows: Tensor, width: int) -> Iterator[Tensor]:
 
 
 def _available_memory() -> int:
-    """MemAvailable of Linux in bytes, cut to the control group's limit (Slurm sets one)."""
+    """Free memory in bytes, cut to the limits of our control groups (Slurm sets one per job)."""
+    if not Path("/proc/meminfo").exists():  # not Linux: the machine's memory is all we know
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     fields = dict(
         line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines() if ":" in line
     )
     available = int(fields["MemAvailable"].split()[0]) * 1024
-    for limit in (
-        Path("/sys/fs/cgroup/memory.max"),
-        Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
-    ):
-        if limit.exists() and (text := limit.read_text().strip()).isdigit():
-            available = min(available, int(text))
+    for line in Path("/proc/self/cgroup").read_text().splitlines():
+        _, controllers, group = line.split(":", 2)
+        if controllers in ("", "memory"):  # version 2, version 1
+            root = Path("/sys/fs/cgroup", controllers)
+            name = "memory.limit_in_bytes" if controllers else "memory.max"
+            inner = root / group.lstrip("/")
+            for folder in (inner, *inner.parents):
+                limit = folder / name
+                if limit.exists() and (text := limit.read_text().strip()).isdigit():
+                    available = min(available, int(text))
     return available

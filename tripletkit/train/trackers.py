@@ -9,8 +9,10 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from tripletkit import fsio
 from tripletkit.config import Logging
 from tripletkit.errors import ConfigError
+from tripletkit.log import logger
 from tripletkit.paths import RunPaths
 
 # (epoch, flat metrics) -> None
@@ -24,7 +26,9 @@ class MetricsFile:
         """Continue at byte `size`, dropping what a killed process wrote behind its checkpoint."""
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = path.open("ab")
-        self._file.truncate(size)
+        if (found := self._file.tell()) < size:
+            logger.warning("%s has lost its first records: going on without them", path)
+        self._file.truncate(min(size, found))
 
     def append(self, record: Mapping[str, Any]) -> int:
         """Write one record and sync it; returns the size of the file."""
@@ -82,14 +86,24 @@ def _wandb(section: Logging, paths: RunPaths, config: Mapping[str, Any]) -> Iter
             "logging.wandb_enabled is on but wandb is not installed",
             hint="pip install 'tripletkit[wandb]'",
         ) from None
-    run = wandb.init(
-        project=section.wandb_project,
-        name=section.wandb_run_name,
-        mode=section.wandb_mode,
-        dir=str(paths.root),
-        config=dict(config),
-    )
+    try:
+        run = wandb.init(
+            project=section.wandb_project,
+            name=section.wandb_run_name,
+            mode=section.wandb_mode,
+            dir=str(paths.root),
+            config=dict(config),
+            id=fsio.digest([str(paths.root.absolute())]),  # a continued run stays one run
+            resume="allow" if section.wandb_mode == "online" else None,
+        )
+    except wandb.errors.Error as error:
+        raise ConfigError(
+            f"Weights & Biases: {error}",
+            hint='log in with `wandb login`, or set logging.wandb_mode = "offline"',
+        ) from None
     try:
         yield lambda epoch, metrics: run.log({"epoch": epoch, **metrics})
-    finally:
-        run.finish()
+    except BaseException:
+        run.finish(exit_code=1)
+        raise
+    run.finish()
