@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -39,6 +40,7 @@ from tripletkit.train.table import load_table
 IMAGES = 5  # per building
 BANDS = 7
 NEIGHBORS = 150
+SLICES = 5
 
 
 def write_embeddings(path: Path, rows: int, dim: int, *, prefix: str = "b", seed: int = 0) -> Path:
@@ -81,18 +83,22 @@ def random_bands(store: Store, seed: int = 0) -> Bands:
     return Bands(count=BANDS, neighbors=neighbors.ravel(), offsets=offsets)
 
 
-def rate(run: Callable[[], object], triplets: int, seconds: float) -> float:
-    """Triplets per second: the median of five equal slices, after one as warm-up."""
+def rates(runs: list[Callable[[], object]], triplets: int, seconds: float) -> list[list[float]]:
+    """Triplets per second of each of `runs`, slice by slice in turn, after one as warm-up.
+
+    In turn, because a shared machine's speed drifts: only slices side by side compare.
+    """
     synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-    rates = []
-    for _ in range(6):
-        count, start = 0, time.perf_counter()
-        while time.perf_counter() - start < seconds / 6:
-            run()
-            count += 1
-        synchronize()
-        rates.append(count * triplets / (time.perf_counter() - start))
-    return statistics.median(rates[1:])
+    found: list[list[float]] = [[] for _ in runs]
+    for _ in range(1 + SLICES):
+        for run, into in zip(runs, found, strict=True):
+            count, start = 0, time.perf_counter()
+            while time.perf_counter() - start < seconds / (1 + SLICES):
+                run()
+                count += 1
+            synchronize()
+            into.append(count * triplets / (time.perf_counter() - start))
+    return [into[1:] for into in found]
 
 
 class Job:
@@ -110,7 +116,7 @@ class Job:
         head = Head(self.model, self.store.embeddings.shape[1]).to(self.device)
         return Learner(head, self.section, Bandit(self.section, bands, home), self.precision)
 
-    def trainer(self, seconds: float, *, resident: bool = True) -> float:
+    def trainer(self, *, resident: bool = True) -> Callable[[], None]:
         """Our step, as the loop calls it."""
         home = self.device if resident else torch.device("cpu")
         index = TripletIndex(self.store, self.bands, home)
@@ -127,9 +133,9 @@ class Job:
                 step.begin(0, epoch, 0)
             step()
 
-        return rate(run, self.section.batch_size, seconds)
+        return run
 
-    def in_hand(self, seconds: float) -> float:
+    def in_hand(self) -> Callable[[], None]:
         """Forward, loss and backward of the same head on one batch that is already there."""
         learner = self.learner(BANDS, self.device)
         size, dim = 3 * self.section.batch_size, self.store.embeddings.shape[1]
@@ -143,7 +149,7 @@ class Job:
                 parameter.grad = None
             loss.mean().backward()
 
-        return rate(run, self.section.batch_size, seconds)
+        return run
 
     def naive(self, steps: int) -> float:
         """The per-item Dataset + DataLoader trainer."""
@@ -167,18 +173,23 @@ class Job:
 
 def bench_training(folder: Path, device: torch.device, seconds: float) -> list[dict[str, object]]:
     results = []
-    for dim, batch in ((768, 256), (4096, 256)):
-        rows = 20_000 if dim == 768 else 5_000
+    for dim, rows in ((768, 20_000), (4096, 5_000)):
         store = open_store(write_embeddings(folder / f"{dim}.parquet", rows, dim), folder / "cache")
-        job = Job(store, batch, device, "auto")
-        ours, bound = job.trainer(seconds), job.in_hand(seconds)
-        name = f"training, {dim}-d, batch {batch}"
-        results.append(row(f"{name} vs forward+backward in hand", ours, bound, 0.7))
-        host = job.trainer(seconds, resident=False)
-        results.append(row(f"{name}, host placement vs device placement", host, ours, 0.7))
+        job = Job(store, 256, device, "auto")
+        name = f"training, {dim}-d, batch 256"
+        runs = [job.trainer(), job.in_hand(), job.trainer(resident=False)]
+        ours, bound, host = rates(runs, 256, seconds)
+        results.append(row(f"{name}, against forward and backward in hand", ours, bound, 0.7))
+        results.append(row(f"{name}, host placement against device", host, ours, 0.7))
         if dim == 768:
-            naive = job.naive(steps=int(20 * seconds / 10))
-            results.append(row(f"{name} vs per-item DataLoader trainer", ours, naive, 10.0))
+            half = Job(store, 256, device, "bf16")
+            results.append(row(f"{name}, bf16 against fp32", *rates(
+                [half.trainer(), job.trainer()], 256, seconds), 1.0))  # fmt: skip
+            ours, naive = [], []
+            for _ in range(SLICES):
+                naive.append(job.naive(steps=int(2 * seconds)))
+                ours += rates([job.trainer()], 256, seconds / SLICES)[0][-1:]
+            results.append(row(f"{name}, against a per-item DataLoader trainer", ours, naive, 10.0))
     return results
 
 
@@ -208,23 +219,32 @@ def bench_memory(folder: Path) -> list[dict[str, object]]:
             raise SystemExit(f"tripletkit {command} failed")
         took = time.perf_counter() - start
         name = f"peak RSS of `{command[0]}`, 200 k x 768, GB ({took:.0f} s)"
-        results.append(row(name, usage.ru_maxrss * 1024 / 1e9, 1.5, 1.0, at_most=True))
+        results.append(row(name, [usage.ru_maxrss * 1024 / 1e9], [1.5], 1.0, at_most=True))
     return results
 
 
 def row(
-    name: str, value: float, reference: float, target: float, *, at_most: bool = False
+    name: str,
+    values: list[float],
+    references: list[float],
+    target: float,
+    *,
+    at_most: bool = False,
 ) -> dict[str, object]:
-    ratio = value / reference
+    """One line: medians, and the median of the ratios side by side."""
+    ratios = [v / r for v, r in zip(values, references, strict=True)]
+    ratio = statistics.median(ratios)
+    value, reference = statistics.median(values), statistics.median(references)
     met = ratio <= target if at_most else ratio >= target
     print(f"{name}: {value:,.4g} / {reference:,.4g} = {ratio:.2f} (target {target})", flush=True)
     return {
         "what": name, "value": value, "reference": reference, "ratio": ratio,
+        "spread": [min(ratios), max(ratios)],
         "target": ("<= " if at_most else ">= ") + f"{target:g}", "met": met,
     }  # fmt: skip
 
 
-def markdown(results: list[dict[str, object]], machine: str) -> str:
+def markdown(results: list[dict[str, Any]], machine: str) -> str:
     lines = [
         f"{machine}",
         "",
@@ -235,7 +255,7 @@ def markdown(results: list[dict[str, object]], machine: str) -> str:
         mark = "" if r["met"] else " (missed)"
         lines.append(
             f"| {r['what']} | {r['value']:,.4g} | {r['reference']:,.4g} | {r['ratio']:.2f} "
-            f"| {r['target']}{mark} |"
+            f"| {r['spread'][0]:.2f} to {r['spread'][1]:.2f} | {r['target']}{mark} |"
         )
     return "\n".join(lines) + "\n"
 

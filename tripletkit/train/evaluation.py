@@ -27,16 +27,19 @@ def project(head: Head, table: Tensor, rows: Tensor, precision: torch.dtype) -> 
     device = next(head.parameters()).device
     trained = head.training
     head.eval()
-    parts = []
+    projected = torch.empty(len(rows), head.output_layer.out_features, device=device)
+    done = 0
     for part in row_batches(rows, table.shape[1]):
         x = torch.index_select(table, 0, part.to(table.device)).to(device)
         if precision is torch.float32:
-            parts.append(head(x.float()))
+            y = head(x.float())
         else:
             with torch.autocast(device.type, dtype=precision):
-                parts.append(head(x))
+                y = head(x)
+        projected[done : done + len(part)] = y
+        done += len(part)
     head.train(trained)
-    return torch.cat(parts)
+    return projected
 
 
 class Evaluation:

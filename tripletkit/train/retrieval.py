@@ -72,7 +72,7 @@ def retrieve(
 
     The result is exact for any `tile` (queries and gallery rows per product), save that a
     negative within rounding, about 1e-7, of the border of the tie band may fall on either side.
-    Memory: one sorted copy of the embeddings and a few tiles.
+    Memory: one sorted copy of the embeddings, in their own type, and a few tiles.
     Raises RunError for embeddings that are not finite, DataError if no building has two images.
     """
     side = tile or TILE.get(embeddings.device.type, TILE["cpu"])
@@ -83,9 +83,9 @@ def retrieve(
     parts = []
     with _full_precision(embeddings.device):
         for lo, hi in _query_tiles(ends - starts, side):
-            positives = _positives(gallery.x, places[lo:hi], bounds[:, lo:hi], side * side)
+            positives = _positives(gallery, places[lo:hi], bounds[:, lo:hi], side * side)
             counts = _Counts(positives, bounds[1, lo:hi] - bounds[0, lo:hi] - 1)
-            _scan(gallery.x, places[lo:hi], starts[lo:hi], ends[lo:hi], counts, side)
+            _scan(gallery, places[lo:hi], starts[lo:hi], ends[lo:hi], counts, side)
             parts.append(counts.scores())
     rows, by_row = gallery.order[places].sort()
     first, precision, r_precision = (torch.cat(p)[by_row].cpu() for p in zip(*parts, strict=True))
@@ -98,7 +98,8 @@ class _Gallery:
     is contiguous, and the queries of one tile have about the same number of positives.
     """
 
-    x: Tensor  # float32 [N, d]
+    x: Tensor  # [N, d] in the type that was given
+    norms: Tensor  # float32 [N, 1]
     order: Tensor  # int64 [N] row of each place
     sizes: Tensor  # int64 [B] images of each building, ascending
     singletons: int
@@ -109,12 +110,14 @@ class _Gallery:
         assert building.shape == embeddings.shape[:1]
         _, code, sizes = torch.unique(building, return_inverse=True, return_counts=True)
         order = torch.argsort(sizes[code] * len(sizes) + code, stable=True)
-        x = torch.empty(embeddings.shape, dtype=torch.float32, device=embeddings.device)
-        for into, rows in zip(x.split(COPY_ROWS), order.split(COPY_ROWS), strict=True):
-            into.copy_(embeddings.index_select(0, rows))  # a part at a time: the copy is all we add
-        norms = torch.linalg.vector_norm(x, dim=1)
+        x = torch.empty_like(embeddings)
+        norms = torch.empty(len(x), 1, device=x.device)
+        for part in torch.arange(len(x), device=x.device).split(COPY_ROWS):
+            rows = embeddings.index_select(0, order[part])
+            x[part] = rows
+            norms[part] = torch.linalg.vector_norm(rows.float(), dim=1, keepdim=True)
         if not torch.isfinite(norms).all():
-            bad = order[~torch.isfinite(norms)].sort().values
+            bad = order[~torch.isfinite(norms)[:, 0]].sort().values
             raise RunError(
                 f"{len(bad)} of {len(x)} embeddings to compare hold NaN, infinity or values too "
                 f"large for float32 (first rows: {bad[:3].tolist()})",
@@ -127,8 +130,11 @@ class _Gallery:
                 f"none of the {len(sizes)} buildings has two images: nothing to retrieve",
                 hint="take more buildings into the sample, or another split",
             )
-        x.div_(norms.clamp_min_(1e-12)[:, None])
-        return _Gallery(x, order, sizes, singletons)
+        return _Gallery(x, norms.clamp_min_(1e-12), order, sizes, singletons)
+
+    def units(self, places: Tensor | slice) -> Tensor:
+        """Unit vectors in float32; widened as needed, so a float16 table is never held twice."""
+        return self.x[places].float() / self.norms[places]
 
     def queries(self, limit: int, seed: int) -> Tensor:
         """Places of the queries, ascending. A larger limit keeps the queries of a smaller one."""
@@ -228,11 +234,12 @@ def _query_tiles(sizes: Tensor, side: int) -> Iterator[tuple[int, int]]:
         lo = hi
 
 
-def _positives(x: Tensor, places: Tensor, bounds: Tensor, room: int) -> Tensor:
+def _positives(gallery: _Gallery, places: Tensor, bounds: Tensor, room: int) -> Tensor:
     """Similarities of each query to the rest of its building, descending, then -inf: [q, P].
 
     One small product per building, so many at a time that it and its operands fit into `room`.
     """
+    x = gallery.x
     starts, ends = bounds
     first, owner, queries = torch.unique_consecutive(
         starts, return_inverse=True, return_counts=True
@@ -245,12 +252,12 @@ def _positives(x: Tensor, places: Tensor, bounds: Tensor, room: int) -> Tensor:
     line = torch.arange(height, device=x.device)
     cuts = torch.cat((offset.cpu(), torch.tensor([len(places)]))).tolist()
     step = max(1, room // (width * max(height, x.shape[1])))
-    found = x.new_empty(len(places), width)
+    found = torch.empty(len(places), width, device=x.device)
     for b in range(0, len(first), step):
         of_building = slice(b, b + step)
         asked = (offset[of_building, None] + line).clamp_(max=len(places) - 1)
         given = (first[of_building, None] + column).clamp_(max=len(x) - 1)
-        block = torch.bmm(x[places[asked]], x[given].transpose(1, 2))
+        block = torch.bmm(gallery.units(places[asked]), gallery.units(given).transpose(1, 2))
         here = slice(cuts[b], cuts[min(b + step, len(first))])
         found[here] = block[owner[here] - b, slot[here]]
     place = starts[:, None] + column
@@ -259,26 +266,27 @@ def _positives(x: Tensor, places: Tensor, bounds: Tensor, room: int) -> Tensor:
 
 
 def _scan(
-    x: Tensor, places: Tensor, starts: Tensor, ends: Tensor, counts: _Counts, side: int
+    gallery: _Gallery, places: Tensor, starts: Tensor, ends: Tensor, counts: _Counts, side: int
 ) -> None:
     """Show all negatives of the queries at `places` to `counts`, one gallery tile at a time.
 
     `starts` and `ends` (on the CPU) are the bounds of the queries' buildings, ascending.
     """
-    queries = x[places]
+    x = gallery.x
+    queries = gallery.units(places)
     edges = _gallery_edges(len(x), side)
     # The queries whose building reaches into a tile are a range, as bounds ascend.
     own_from = torch.searchsorted(ends, torch.tensor(edges[:-1]), right=True).tolist()
     own_to = torch.searchsorted(starts, torch.tensor(edges[1:])).tolist()
     own_start, own_end = (bound[:, None].to(x.device) for bound in (starts, ends))
     column = torch.arange(len(x), device=x.device)
-    room = x.new_empty(len(queries) * min(side, len(x)))
+    room = queries.new_empty(len(queries) * min(side, len(x)))
     # Summing floats is fastest on a CPU (exact: counts are small), bytes on a GPU.
     marks = torch.empty_like(room, dtype=torch.float32 if x.device.type == "cpu" else torch.bool)
     for (lo, hi), top, bottom in zip(pairwise(edges), own_from, own_to, strict=True):
         shape = (len(queries), hi - lo)
         similarity = room[: shape[0] * shape[1]].view(shape)
-        torch.mm(queries, x[lo:hi].T, out=similarity)
+        torch.mm(queries, gallery.units(slice(lo, hi)).T, out=similarity)
         if top < bottom:
             here, own = column[lo:hi], slice(top, bottom)
             similarity[own].masked_fill_(
