@@ -41,7 +41,7 @@ def run(folder: Path) -> int:
             },
             "training_model": {"output_dim": 128},
             "training": {
-                "num_epochs": 12,
+                "num_epochs": 8,
                 "learning_rate": 3e-4,
                 "monitor": "map@r",
                 "retrieval_metric_top_k": [1, 5, 10],
