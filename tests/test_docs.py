@@ -18,7 +18,7 @@ from tripletkit.train import checkpoint as checkpoints
 REPOSITORY = Path(__file__).parent.parent
 README = REPOSITORY / "README.md"
 PAGES = sorted(REPOSITORY.glob("docs/**/*.md")) + [README] * README.exists()
-FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 INDENTED = re.compile(r"^(?: {4}.*\n)+", re.MULTILINE)
 SHELL = ("", "sh", "console", "indented")
 

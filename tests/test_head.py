@@ -3,10 +3,10 @@
 import pytest
 import torch
 from torch.nn import functional as F
-from tripletkit.train.init import LinearStart
 
 from tripletkit.config import TrainingModel
 from tripletkit.train.head import Head, hidden_dims
+from tripletkit.train.init import LinearStart
 
 
 def test_parameter_names_are_the_interface():

@@ -248,8 +248,8 @@ def markdown(results: list[dict[str, Any]], machine: str) -> str:
     lines = [
         f"{machine}",
         "",
-        "| what | value | reference | ratio | target |",
-        "|---|---|---|---|---|",
+        "| what | value | reference | ratio | lowest to highest | target |",
+        "|---|---|---|---|---|---|",
     ]
     for r in results:
         mark = "" if r["met"] else " (missed)"
