@@ -105,6 +105,21 @@ def test_a_run_folder_that_cannot_be_made_is_one_message(run, files, tmp_path, c
     assert "Traceback" not in error
 
 
+def test_a_full_disk_is_one_message_and_leaves_nothing_torn(files, tmp_path):
+    """A limit on the size of files does what a full disk does: the write fails."""
+    command = [sys.executable, "-m", "tripletkit", "train", *use(files, "train", "val"), *QUICK]
+    first = [*command, "--set=paths.checkpoint_dir=first", "--set=training.num_epochs=0"]
+    subprocess.run(first, cwd=tmp_path, check=True)  # builds the caches
+    limited = ["bash", "-c", 'ulimit -f 8; exec "$@"', "bash", *command]
+    done = subprocess.run(limited, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "checkpoint_best.pt: cannot be written: File too large" in done.stderr
+    assert "Traceback" not in done.stderr
+    paths = run_paths(tmp_path / "checkpoints")
+    assert not paths.saved()
+    assert not list(paths.root.glob("*.tmp"))
+
+
 def test_brackets_in_a_path_are_not_markup(run, files, capsys):
     arguments = [*use(files, "train"), *QUICK, "--set=paths.checkpoint_dir=r[blue]m[/x]"]
     assert run("train", *arguments) == 0

@@ -3,6 +3,7 @@
 import os
 
 import pytest
+import wandb
 
 from tests.test_loop import data, make_config, paths  # noqa: F401 - fixtures
 from tripletkit import config as configuration
@@ -44,6 +45,7 @@ def test_wandb_offline_writes_a_run_that_can_be_synced(paths, data, monkeypatch)
         logging={"wandb_enabled": True, "wandb_mode": "offline", "wandb_project": "p"},
     )
     train(config, data, paths)
+    wandb.teardown()  # its service process writes behind us; at the end of a process this is done
     (log,) = paths.root.glob("wandb/offline-run-*/run-*.wandb")
     content = log.read_bytes()
     assert b"train_loss" in content

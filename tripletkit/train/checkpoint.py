@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 from collections.abc import Iterable
 from pathlib import Path
@@ -24,9 +25,12 @@ class TornError(DataError):
 
 def save(checkpoint: Checkpoint, *paths: Path) -> None:
     """Write one state under several names, each atomically."""
+    # Into memory first (megabytes): torch hides a full disk behind an error of its own.
+    buffer = io.BytesIO()
+    torch.save({"format_version": FORMAT, **checkpoint}, buffer)
     for path in paths:
         with fsio.atomic_write(path) as file:
-            torch.save({"format_version": FORMAT, **checkpoint}, file)
+            file.write(buffer.getbuffer())
 
 
 def load(path: Path) -> Checkpoint:
