@@ -158,7 +158,7 @@ def data_split(
 def demo(
     folder: Annotated[Path, typer.Argument(help="Folder for everything it writes.")] = Path("demo"),
 ) -> None:
-    """Run the whole job on real data made from fonts: about three minutes on two cores."""
+    """Run the whole job on real data made from fonts: about a minute on two cores."""
     from tripletkit import demo
 
     raise typer.Exit(demo.run(folder))
