@@ -176,6 +176,13 @@ def test_a_value_is_not_a_table():
     assert "is a value" in refused(overrides=["training.margin.x=1"]).message
 
 
+def test_a_variable_that_is_not_set_never_becomes_a_folder(monkeypatch):
+    monkeypatch.delenv("SLURM_TMPDIR", raising=False)
+    loaded = config.load(None, ["paths.cache_dir=$SLURM_TMPDIR/cache"], {})
+    with pytest.raises(ConfigError, match="SLURM_TMPDIR is not set"):
+        _ = loaded.cache_dir
+
+
 def test_relative_run_folders_lie_on_scratch():
     loaded = config.load(None, ["global.scratch_dir=/scratch", "paths.cache_dir=c"], {})
     assert loaded.cache_dir == Path("/scratch/c")

@@ -16,6 +16,8 @@ from pydantic import (
     model_validator,
 )
 
+from tripletkit.errors import ConfigError
+
 
 def expand(path: Path) -> Path:
     """Expand `~` and `$VARS`; a variable that is not set here (say on a login node) stays."""
@@ -336,9 +338,20 @@ class Config(Section):
     @property
     def cache_dir(self) -> Path:
         """`paths.cache_dir`, below `global.scratch_dir` when relative."""
-        return self.global_.scratch_dir / self.paths.cache_dir
+        return _on_disk(self.global_.scratch_dir / self.paths.cache_dir)
 
     @property
     def checkpoint_dir(self) -> Path:
         """`paths.checkpoint_dir`, below `global.scratch_dir` when relative."""
-        return self.global_.scratch_dir / self.paths.checkpoint_dir
+        return _on_disk(self.global_.scratch_dir / self.paths.checkpoint_dir)
+
+
+def _on_disk(folder: Path) -> Path:
+    """`folder`, unless a variable in it is not set here: it would become a folder named "$X"."""
+    unset = [part for part in folder.parts if part.startswith("$")]
+    if unset:
+        raise ConfigError(
+            f"{folder}: the environment variable {unset[0]} is not set",
+            hint="export it, or write the path in full",
+        )
+    return folder
