@@ -30,7 +30,7 @@ from tripletkit.config import Training, TrainingModel
 from tripletkit.data.bands import Bands
 from tripletkit.data.store import Store, open_store
 from tripletkit.train.bandit import Bandit
-from tripletkit.train.device import choose_device, choose_precision, make_deterministic
+from tripletkit.train.device import autocast, choose_device, choose_precision, make_deterministic
 from tripletkit.train.head import Head
 from tripletkit.train.loss import triplet_loss
 from tripletkit.train.sampler import TripletIndex
@@ -142,7 +142,7 @@ class Job:
         x = torch.randn(size, dim, device=self.device).to(self.precision)
 
         def run() -> None:
-            with learner.autocast():
+            with autocast(self.device, self.precision):
                 anchor, positive, negative = learner.head(x).chunk(3)
             loss = triplet_loss(anchor, positive, negative, margin=0.5, distance="euclidean")
             for parameter in learner.head.parameters():

@@ -13,7 +13,7 @@ from tripletkit.data.bands import Bands
 from tripletkit.data.store import Store
 from tripletkit.train import rng
 from tripletkit.train.bandit import Bandit
-from tripletkit.train.device import as_tensor
+from tripletkit.train.device import as_tensor, autocast
 from tripletkit.train.head import Head
 from tripletkit.train.loss import triplet_loss
 from tripletkit.train.retrieval import retrieve, summarize
@@ -31,12 +31,8 @@ def project(head: Head, table: Tensor, rows: Tensor, precision: torch.dtype) -> 
     done = 0
     for part in row_batches(rows, table.shape[1]):
         x = torch.index_select(table, 0, part.to(table.device)).to(device)
-        if precision is torch.float32:
-            y = head(x.float())
-        else:
-            with torch.autocast(device.type, dtype=precision):
-                y = head(x)
-        projected[done : done + len(part)] = y
+        with autocast(device, precision):
+            projected[done : done + len(part)] = head(x.to(precision))
         done += len(part)
     head.train(trained)
     return projected

@@ -35,7 +35,7 @@ def rewards(loss: Tensor, *, margin: float, kind: Reward) -> Tensor:
       positive (loss < margin): semi-hard in the sense of Schroff et al., FaceNet, CVPR 2015.
     - "violation_rate": the triplet has a loss at all.
     - "loss": the loss, over its largest value on the unit sphere, margin + 2.
-    - "negative_loss": one minus that, which hunts the easiest band; kept for comparison.
+    - "negative_loss": one minus that, which leans to the easier bands; the default (docs/ablation.md).
     """
     if kind == "useful_rate":
         return ((loss > 0) & (loss < margin)).to(torch.float32)

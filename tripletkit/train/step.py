@@ -7,10 +7,8 @@ account, except that `HostStep` needs the rewards of the step before the last.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +17,7 @@ from tripletkit.config import Training
 from tripletkit.log import logger
 from tripletkit.train import rng
 from tripletkit.train.bandit import Bandit, sum_per_arm
-from tripletkit.train.device import seed_dropout
+from tripletkit.train.device import autocast, seed_dropout
 from tripletkit.train.head import Head
 from tripletkit.train.loss import rewards, triplet_loss
 from tripletkit.train.sampler import TripletIndex, Triplets
@@ -54,7 +52,7 @@ class Learner:
 
     def learn(self, x: Tensor, arm: Tensor) -> Tensor:
         """Take one optimiser step on x [3B, D], anchors first; returns the step's [arms, 4] tally."""
-        with self.autocast():
+        with autocast(x.device, self.precision):
             y = self.head(x)
         anchor, positive, negative = y.chunk(3)
         loss = triplet_loss(
@@ -73,12 +71,6 @@ class Learner:
         tally = sum_per_arm(arm, columns, self.bandit.arms)
         self.tally += tally
         return tally
-
-    def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """bf16 for the matrix products if so configured; parameters stay float32."""
-        if self.precision is torch.float32:
-            return contextlib.nullcontext()
-        return torch.autocast(self.tally.device.type, dtype=self.precision)
 
 
 class DeviceStep:
