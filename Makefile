@@ -13,7 +13,8 @@ help:  ## Show this list
 demo: $(READY)  ## The whole job on real data made from fonts
 	$(BIN)/tripletkit demo
 
-test: lint  ## Every check and test
+test: lint  ## Every check and test; as root on Debian it installs Slurm and PostgreSQL for them
+	tests/cluster/install.sh
 	$(BIN)/python -m pytest
 
 lint: $(READY)  ## Formatting, lint, types

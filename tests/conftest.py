@@ -4,6 +4,7 @@ import logging
 
 import pytest
 
+from tests.cluster.fixture import cluster, slurm  # noqa: F401 - fixtures
 from tripletkit.log import logger
 
 

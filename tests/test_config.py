@@ -210,7 +210,7 @@ def test_effective_configuration_survives_the_round_trip(
     loaded = config.with_values(
         config.Config(),
         training={"margin": margin, "retrieval_metric_top_k": top_k},
-        tuning={"study_name": name},
+        logging={"wandb_project": name},
         global_={"seed": seed},
     )
     path.write_text(config.dump(loaded))
@@ -228,3 +228,22 @@ def test_template_is_the_defaults_and_names_every_key(tmp_path):
 @pytest.mark.parametrize("path", GENERATED, ids=lambda path: path.name)
 def test_generated_file_is_up_to_date(path):
     assert path.read_text() == GENERATED[path](), "run `make reference`"
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ('tuning.space.learning_rat={type="float",low=1,high=2}', "did you mean 'learning_rate'"),
+        ('tuning.space.num_epochs={type="int",low=1,high=2}', "not a key that can be tuned"),
+        ("tuning.space.margin.low=-1", "-1.0 cannot be used"),
+        ("tuning.space.margin.low=5", "low 5.0 is above high 1.0"),
+        ("tuning.space.weight_decay.low=0", "needs low above 0"),
+        ("tuning.space.hidden_dim.choices=[64, -1]", "-1 cannot be used"),
+        ("tuning.storage_url=mysql://host/db", "postgresql://"),
+        ("tuning.storage_url=postgresql://host/db?password=x", "PGPASSFILE"),
+        ("tuning.study_name=a/b", "study_name"),
+        ("tuning.direction=minimize", "recall@100 is to maximize"),
+    ],
+)
+def test_a_study_that_cannot_work_is_refused_at_once(override, words):
+    assert words in refused(overrides=[override]).message + str(refused(overrides=[override]).hint)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from tripletkit import config as configuration
 from tripletkit import demo_data, fsio, log, stages
+from tripletkit.cluster import preempt
 from tripletkit.config import Config
 from tripletkit.errors import DONE
 from tripletkit.paths import run_paths
@@ -57,7 +58,8 @@ def run(folder: Path) -> int:
     if not metadata.exists():
         stages.build_bands(config, neighbors=150, k0=50, force=False)
     _step("4/5 tripletkit train")
-    stages.train(config)
+    with preempt.watch() as stop:
+        stages.train(config, stop)
     _step("5/5 tripletkit evaluate: characters that training never saw")
     stages.evaluate(config, split="test", checkpoint=None, as_json=False)
     _picture(config, folder / "neighbors.png")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 # Exit codes are part of the interface (docs/reference/cli.md): scripts and jobs test them.
 DONE = 0
+REQUEUE = 85  # of a job: stopped with its state saved, run me again
 
 
 class TripletkitError(Exception):
@@ -21,6 +22,10 @@ class RunError(TripletkitError):
     """The run itself failed: no device, out of memory, a loss that is not a number."""
 
     exit_code = 1
+
+
+class DivergedError(RunError):
+    """The loss is no longer a number."""
 
 
 class ConfigError(TripletkitError):
@@ -48,6 +53,13 @@ class StorageError(TripletkitError):
 
 
 class Interrupted(TripletkitError):  # noqa: N818 - not an error
-    """Stopped by a signal after the state was saved."""
+    """Stopped after the state was saved, by a signal or because the time limit is near.
+
+    `progress` is false if the run did not get anywhere: starting it again would not help.
+    """
 
     exit_code = 130
+
+    def __init__(self, message: str, *, hint: str | None = None, progress: bool = True) -> None:
+        super().__init__(message, hint=hint)
+        self.progress = progress

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import shutil
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -107,6 +108,11 @@ def exclusive_lock(path: Path, *, wait: bool = True) -> Iterator[Lock]:
             logger.info("another process holds %s: waiting for it", path)
             fcntl.flock(file, fcntl.LOCK_EX)
         yield Lock(ours=True, sure=True)
+
+
+def timestamp() -> str:
+    """Now, for records in files: UTC, to the second, ISO 8601."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def digest(parts: Iterable[bytes | str]) -> str:

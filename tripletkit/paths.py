@@ -1,4 +1,4 @@
-"""The only place that knows the names of the files in a run folder."""
+"""The only place that knows the names of the files in the folders of runs, studies and jobs."""
 
 from __future__ import annotations
 
@@ -23,6 +23,11 @@ class RunPaths:
     def metrics(self) -> Path:
         """One JSON object per validated epoch; no wall-clock times, so that runs compare."""
         return self.root / "metrics.jsonl"
+
+    @property
+    def origin(self) -> Path:
+        """Of a final training: the trial that its parameters come from."""
+        return self.root / "best_trial.json"
 
     @property
     def log(self) -> Path:
@@ -67,3 +72,80 @@ class RunPaths:
 def run_paths(checkpoint_dir: Path) -> RunPaths:
     """The layout of `tripletkit train`: everything in one folder."""
     return RunPaths(root=checkpoint_dir, checkpoints=checkpoint_dir)
+
+
+@dataclass(frozen=True)
+class TrialPaths(RunPaths):
+    """A run that belongs to a study."""
+
+    @property
+    def attempts(self) -> Path:
+        """One JSON object per attempt at the trial: by which job, when, how it ended."""
+        return self.root / "attempts.jsonl"
+
+
+@dataclass(frozen=True)
+class StudyPaths:
+    """The folder of a study."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        """The effective configuration of the workers."""
+        return self.root / "config.toml"
+
+    @property
+    def identity(self) -> Path:
+        """Which study the folder belongs to, whatever the names say."""
+        return self.root / "study.json"
+
+    def trial(self, number: int) -> TrialPaths:
+        """The folder of one trial."""
+        root = self.root / f"trial_{number:05d}"
+        return TrialPaths(root=root, checkpoints=root)
+
+
+@dataclass(frozen=True)
+class LogPaths:
+    """The files of jobs, in `global.log_dir`."""
+
+    root: Path
+
+    @property
+    def submitit(self) -> Path:
+        """What submitit needs: scripts and small pickles. 0700."""
+        return self.root / "submitit"
+
+    @property
+    def configs(self) -> Path:
+        """The effective configurations of submitted jobs that have no run folder yet."""
+        return self.root / "configs"
+
+    def record(self, job: str) -> Path:
+        """What a job says about itself."""
+        return self.root / "jobs" / f"{job}.json"
+
+    def lock(self, job: str) -> Path:
+        """Held for as long as the job's process lives."""
+        return self.root / "jobs" / f"{job}.lock"
+
+    def records(self) -> list[Path]:
+        """The records of all jobs."""
+        return sorted((self.root / "jobs").glob("*.json"))
+
+    def out(self, stage: str, job: str) -> Path:
+        """Standard output of a job; `%j`, `%A_%a` may stand for the job."""
+        return self.root / f"{LOG_NAMES.get(stage, stage)}_{job}.out"
+
+    def err(self, stage: str, job: str) -> Path:
+        """Standard error of a job."""
+        return self.out(stage, job).with_suffix(".err")
+
+    def of_job(self, job: str) -> list[Path]:
+        """The logs that exist of a job, of all its elements if it is an array; .err first."""
+        pattern = re.compile(rf".+_{re.escape(job)}(_\d+)?\.(out|err)")
+        return sorted(p for p in self.root.glob(f"*_{job}*.*") if pattern.fullmatch(p.name))
+
+
+LOG_NAMES = {"best": "best_training"}

@@ -1,38 +1,58 @@
-"""What the commands and jobs do: plain functions from a configuration to an exit code."""
+"""What commands and jobs do: plain functions from a configuration to an exit code."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+import os
+import socket
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from tripletkit import log
+from tripletkit import fsio, log
 from tripletkit.config import Config
 from tripletkit.errors import DONE, ConfigError, DataError, Interrupted
 from tripletkit.log import logger
-from tripletkit.paths import run_paths
+from tripletkit.paths import LogPaths, StudyPaths, run_paths
 
 if TYPE_CHECKING:
     from tripletkit.data.store import Store
     from tripletkit.train.head import Head
-    from tripletkit.train.loop import Data
+    from tripletkit.train.loop import Data, TrainResult
 
 SPLITS = ("train", "val", "test")
 
 
-def train(config: Config) -> int:
+def train(config: Config, should_stop: Callable[[], bool]) -> int:
     """Train, or go on with, the run in `checkpoint_dir`; prints raw versus trained."""
-    from tripletkit.cluster import preempt
+    _train(config, should_stop)
+    return DONE
+
+
+def best(config: Config, should_stop: Callable[[], bool]) -> int:
+    """The final training: `train`, and its metric beside that of the trial it comes from."""
+    from tripletkit.tune.best import Best, comparison
+
+    result = _train(config, should_stop)
+    chosen = Best(**json.loads(run_paths(config.checkpoint_dir).origin.read_text()))
+    log.out.print(comparison(chosen, result.best_metrics, result.best_epoch), soft_wrap=True)
+    return DONE
+
+
+def _train(config: Config, should_stop: Callable[[], bool]) -> TrainResult:
     from tripletkit.train import loop
 
     paths = run_paths(config.checkpoint_dir)
-    with preempt.watch() as stop_requested, log.also_to(paths.log, config.logging.log_file):
-        result = loop.train(config, training_data(config), paths, should_stop=stop_requested)
+    with log.also_to(paths.log, config.logging.log_file):
+        result = loop.train(config, training_data(config), paths, should_stop=should_stop)
     if result.status == "stopped":
         raise Interrupted(
             f"stopped in epoch {result.epochs + 1}; the state is in {paths.last}",
             hint="the same command goes on from there",
+            progress=result.steps > 0,
         )
     if result.best_epoch is not None:
         _print_metrics(
@@ -40,15 +60,111 @@ def train(config: Config) -> int:
             {"raw": result.raw, f"head, epoch {result.best_epoch}": result.best_metrics},
         )
     log.out.print(f"checkpoints, metrics and log: {paths.root}", soft_wrap=True)
+    return result
+
+
+def tune(config: Config, should_stop: Callable[[], bool]) -> int:
+    """Work on the study's trials until there is nothing left to do."""
+    from tripletkit.cluster import jobs
+    from tripletkit.tune import storage, worker
+    from tripletkit.tune.claims import Worker
+
+    logs, job = LogPaths(config.global_.log_dir), jobs.current_job()
+    me = Worker(job, jobs.restart_count(), socket.gethostname(), os.getpid())
+    deadline = jobs.deadline(job)
+    shared = storage.open_study(
+        config.tuning, seed=_worker_seed(config, job), workers=config.tuning.workers
+    )
+    surroundings = worker.Surroundings(
+        load_data=_remembering(training_data),
+        job_states=lambda ids: jobs.states(logs, ids),
+        should_stop=should_stop,
+        seconds_left=lambda: math.inf if deadline is None else deadline - time.time(),
+    )
+    summary = worker.run(shared, config, study_paths(config), me, surroundings)
+    counts = Counter(summary.ended)
+    did = ", ".join(f"{count} {outcome}" for outcome, count in counts.items()) or "none"
+    log.out.print(f"study {config.tuning.study_name}; trials of this worker: {did}")
+    if summary.open:
+        raise Interrupted(
+            f"study {config.tuning.study_name} has trials left",
+            hint="the same command goes on with them",
+            progress=bool(summary.ended),
+        )
     return DONE
 
 
-def evaluate(config: Config, *, split: str, checkpoint: Path | None, as_json: bool) -> int:
+def tidy(config: Config, _should_stop: Callable[[], bool]) -> int:
+    """After the last worker: trials whose worker died wait for the next, none stays RUNNING."""
+    from tripletkit.cluster import jobs
+    from tripletkit.tune import claims, storage
+
+    logs = LogPaths(config.global_.log_dir)
+    shared = storage.open_study(config.tuning, seed=0, workers=1)
+    lost = claims.lost(shared, lambda ids: jobs.states(logs, ids))
+    for number in claims.hand_back(shared, lost):
+        log.out.print(f"trial {number}: its worker is gone; it waits for the next one")
+    if claims.is_open(shared, config.tuning.total):
+        log.out.print("trials are left: `tripletkit tune` with the same flags goes on with them")
+    return DONE
+
+
+def serve_database(
+    _config: Config, should_stop: Callable[[], bool], *, folder: str, max_connections: int
+) -> int:
+    """Run the PostgreSQL of `folder` until asked to stop."""
+    from tripletkit.tune import database
+
+    database.serve(Path(folder), max_connections=max_connections, should_stop=should_stop)
+    if should_stop():
+        raise Interrupted(
+            f"the database in {folder} was stopped", hint="`tripletkit db up` starts it"
+        )
+    return DONE
+
+
+def check_files(config: Config) -> None:
+    """That the files a training reads are there, before jobs wait in a queue for them."""
+    from tripletkit.data.parquet import find_files, open_table
+
+    for split in ("train", "val"):
+        if getattr(config.paths, f"{split}_parquet_path") is not None or split == "train":
+            open_table(find_files(_parquet(config, split)), ["building_id", "embedding"])
+    metadata = config.paths.difficulty_metadata_path
+    if metadata is not None and not metadata.exists():
+        raise _no_metadata(metadata)
+
+
+def _worker_seed(config: Config, job: str) -> int:
+    """Different for every worker and start, else they would all propose the same parameters."""
+    worker = os.environ.get("SLURM_ARRAY_TASK_ID", job)
+    if job == f"local-{os.getpid()}":  # the only worker, in the foreground: reproducible
+        worker = "0"
+    restart = os.environ.get("SLURM_RESTART_COUNT", "0")
+    return int(fsio.digest([str(config.global_.seed), worker, restart]), 16) % 2**31
+
+
+def _remembering(load: Callable[[Config], Data]) -> Callable[[Config], Data]:
+    """`load`, but trials that use the same data share one copy."""
+    last: list[tuple[str, Data]] = []
+
+    def remembered(config: Config) -> Data:
+        samples = {k: v for k, v in config.training.model_dump().items() if "sample_" in k}
+        key = repr((config.global_.seed, config.paths.model_dump(exclude={"checkpoint_dir"})))
+        key += repr((samples, config.training_model.input_dim))
+        if not last or last[0][0] != key:
+            last[:] = [(key, load(config))]
+        return last[0][1]
+
+    return remembered
+
+
+def evaluate(config: Config, *, split: str, checkpoint: Path | str | None, as_json: bool) -> int:
     """Print the retrieval metrics of one split, raw and through a checkpoint's head."""
     from tripletkit.train.device import choose_device, choose_precision
     from tripletkit.train.evaluation import Evaluation
 
-    checkpoint = checkpoint or _best_checkpoint(config)
+    checkpoint = Path(checkpoint) if checkpoint else _best_checkpoint(config)
     store, head, epoch = open_head(config, split, checkpoint)
     device = choose_device(config.training.device)
     evaluation = Evaluation(
@@ -200,9 +316,7 @@ def training_data(config: Config) -> Data:
     if metadata is None:
         return Data(train, val=val)
     if not metadata.exists():
-        raise DataError(
-            f"{metadata}: no such file", hint="`tripletkit data bands` builds the difficulty bands"
-        )
+        raise _no_metadata(metadata)
     bands = open_bands(metadata, train, config.cache_dir)
     val_bands = None
     if val is not None:
@@ -220,6 +334,12 @@ def _parquet(config: Config, split: str) -> Path:
     if path is None:
         raise _missing(split)
     return path
+
+
+def _no_metadata(path: Path) -> DataError:
+    return DataError(
+        f"{path}: no such file", hint="`tripletkit data bands` builds the difficulty bands"
+    )
 
 
 def _missing(split: str) -> ConfigError:
@@ -244,3 +364,28 @@ def _print_metrics(title: str, results: Mapping[str, Mapping[str, float]]) -> No
             table.add_row(name, *(f"{column[name]:.4f}" for column in columns))
     table.add_row("queries", *(f"{int(column['queries']):,}" for column in columns))
     log.out.print(table)
+
+
+def study_paths(config: Config) -> StudyPaths:
+    """The folder of the configured study."""
+    return StudyPaths(config.tuning.output_dir / config.tuning.study_name)
+
+
+def job_name(stage: str, config: Config, options: Mapping[str, Any]) -> str:
+    """What the queue shows of a job: its stage, and the study, run or database it belongs to."""
+    if stage == "db":
+        return f"db:{Path(options['folder']).name}"
+    of_study = stage in ("tune", "best", "tidy")
+    return f"{stage}:{config.tuning.study_name if of_study else config.checkpoint_dir.name}"
+
+
+# What `python -m tripletkit.worker` runs: (configuration, should_stop, options of the stage).
+JOBS: dict[str, Callable[..., int]] = {
+    "train": train,
+    "tune": tune,
+    "tidy": tidy,
+    "best": best,
+    "evaluate": lambda config, _stop, **options: evaluate(config, **options),
+    "bands": lambda config, _stop, **options: build_bands(config, **options),
+    "db": serve_database,
+}

@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
-from tests.benchmarks import naive_trainer
+from tests.benchmarks import naive_trainer, study_storage
 from tripletkit.config import Training, TrainingModel
 from tripletkit.data.bands import Bands
 from tripletkit.data.store import Store, open_store
@@ -223,6 +223,12 @@ def bench_memory(folder: Path) -> list[dict[str, object]]:
     return results
 
 
+def bench_study() -> dict[str, object]:
+    seconds = study_storage.measure()
+    name = "seconds per trial in the study, 16 workers, against plain study.optimize"
+    return row(name, seconds["ours"], seconds["plain"], 0.6, at_most=True)
+
+
 def row(
     name: str,
     values: list[float],
@@ -264,6 +270,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("out", nargs="?", type=Path, default=Path("build/benchmarks"))
     parser.add_argument("--seconds", type=float, default=12, help="per measured rate")
+    parser.add_argument("--study", action="store_true", help="only the study's storage")
     arguments = parser.parse_args()
     device = choose_device("auto")
     make_deterministic(device)
@@ -271,9 +278,13 @@ def main() -> None:
         machine = torch.cuda.get_device_name(device)
     else:
         machine = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    if arguments.study:
+        bench_study()
+        return
     with tempfile.TemporaryDirectory() as folder:
         results = bench_training(Path(folder), device, arguments.seconds)
         results += bench_memory(Path(folder))
+    results.append(bench_study())
     arguments.out.mkdir(parents=True, exist_ok=True)
     table = markdown(results, f"{machine}, torch {torch.__version__}")
     (arguments.out / "benchmarks.md").write_text(table)

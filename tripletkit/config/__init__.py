@@ -30,6 +30,7 @@ from tripletkit.config.sections import (
     Training,
     TrainingModel,
     Tuning,
+    section_of,
 )
 
 __all__ = [
@@ -52,6 +53,7 @@ __all__ = [
     "describe",
     "dump",
     "load",
+    "section_of",
     "sections",
     "template",
     "toml_value",

@@ -247,5 +247,5 @@ def _explain(error: ValidationError, origin: Mapping[tuple[str, str], str]) -> C
         message = message[0].lower() + message[1:]
         if key and key != "storage_url" and not isinstance(problem["input"], dict):
             message += f" (got {problem['input']!r})"
-        lines.append(f"{where}: {message}")
+        lines.append(f"{where}: {message}" if section else message)
     return ConfigError("\n".join(lines))

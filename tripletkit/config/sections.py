@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import difflib
 import os
 from pathlib import Path
 from typing import Annotated, Literal
-from urllib.parse import urlsplit
+from urllib.parse import parse_qs, urlsplit
 
 from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
+    ValidationError,
     field_validator,
     model_validator,
 )
@@ -221,6 +223,13 @@ class Logging(Section):
     tensorboard: bool = Field(False, description="Write TensorBoard events (extra: tensorboard).")
 
 
+def _check_range(low: float, high: float, *, log: bool) -> None:
+    if low > high:
+        raise ValueError(f"low {low} is above high {high}")
+    if log and low <= 0:
+        raise ValueError(f"log = true needs low above 0, not {low}")
+
+
 class FloatRange(Section):
     """A real-valued hyperparameter."""
 
@@ -228,6 +237,11 @@ class FloatRange(Section):
     low: float
     high: float
     log: bool = False
+
+    @model_validator(mode="after")
+    def _low_below_high(self) -> FloatRange:
+        _check_range(self.low, self.high, log=self.log)
+        return self
 
 
 class IntRange(Section):
@@ -239,6 +253,13 @@ class IntRange(Section):
     log: bool = False
     step: int = Field(1, ge=1)
 
+    @model_validator(mode="after")
+    def _low_below_high(self) -> IntRange:
+        _check_range(self.low, self.high, log=self.log)
+        if self.log and self.step != 1:
+            raise ValueError("step and log exclude each other")
+        return self
+
 
 class Choice(Section):
     """A hyperparameter from a list."""
@@ -248,6 +269,9 @@ class Choice(Section):
 
 
 Range = Annotated[FloatRange | IntRange | Choice, Field(discriminator="type")]
+
+# The study itself decides these.
+NOT_TUNED = ("num_epochs", "resume_from_checkpoint", "monitor", "validate_every_n_epochs")
 
 DEFAULT_SPACE: dict[str, Range] = {
     "learning_rate": FloatRange(type="float", low=5e-5, high=5e-3, log=True),
@@ -261,23 +285,39 @@ DEFAULT_SPACE: dict[str, Range] = {
 class Tuning(Section):
     """The study. `[tuning.space.<key>]` gives the range of any `training` or `training_model` key."""
 
-    study_name: str = Field("tripletkit", description="Name of the study.")
-    storage_path: AbsolutePath = Field(Path("study.db"), description="SQLite file of the study.")
-    storage_url: str | None = Field(
-        None, description="PostgreSQL instead of SQLite; the password belongs in PGPASSFILE."
+    study_name: str = Field(
+        "tripletkit",
+        pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
+        description="Name of the study, of its folder and its jobs: letters, digits, . _ and -",
     )
-    output_dir: AbsolutePath = Field(Path("trials"), description="One folder per trial.")
+    storage_path: AbsolutePath = Field(
+        Path("study.db"),
+        description="SQLite file of the study; a file *.journal is an Optuna journal, a folder is "
+        "that of `tripletkit db up` (PostgreSQL).",
+    )
+    storage_url: str | None = Field(
+        None,
+        description="A PostgreSQL of yours instead, postgresql://user@host/database; its password "
+        "belongs in PGPASSFILE.",
+    )
+    output_dir: AbsolutePath = Field(
+        Path("trials"), description="Holds a folder per study, and in it one per trial."
+    )
     workers: int = Field(1, ge=1, description="Workers that share the study.")
-    trials_per_worker: int = Field(1, ge=1, description="Trials that each worker runs.")
-    n_trials: int = Field(0, ge=0, description="Exact total; 0 means workers * trials_per_worker.")
+    trials_per_worker: int = Field(
+        1, ge=1, description="Trials of a worker on average: whoever is free takes the next one."
+    )
+    n_trials: int = Field(
+        0, ge=0, description="Exact total of the study; 0 means workers * trials_per_worker."
+    )
     max_epochs: int = Field(15, ge=1, description="Epochs of one trial.")
     objective: str = Field(
         "recall@100",
         pattern=rf"^(val_loss|{RETRIEVAL_METRIC})$",
         description="What a trial reports each epoch and is judged by.",
     )
-    direction: Literal["maximize", "minimize"] = Field(
-        "maximize", description='Of the objective; "minimize" for val_loss.'
+    direction: Literal["auto", "maximize", "minimize"] = Field(
+        "auto", description='Of the objective: "auto" minimises val_loss, maximises the others.'
     )
     sampler: Literal["tpe", "random"] = Field("tpe", description="How parameters are proposed.")
     pruner: Literal["median", "successive_halving", "none"] = Field(
@@ -288,12 +328,31 @@ class Tuning(Section):
     @field_validator("storage_url")
     @classmethod
     def _no_password_in_the_url(cls, value: str | None) -> str | None:
-        if value is not None and urlsplit(value).password is not None:
+        if value is None:
+            return None
+        url = urlsplit(value)
+        if url.scheme not in ("postgresql", "postgres", "postgresql+psycopg2"):
+            raise ValueError(
+                "must begin with postgresql:// (SQLite and journal files go into storage_path)"
+            )
+        if url.password is not None or "password" in parse_qs(url.query):
             raise ValueError(
                 "holds a password, which would end up in logs and run folders: take it out and "
                 "put it into the file that PGPASSFILE names"
             )
         return value
+
+    @model_validator(mode="after")
+    def _direction_of_the_objective(self) -> Tuning:
+        right = "minimize" if self.objective == "val_loss" else "maximize"
+        if self.direction not in ("auto", right):
+            raise ValueError(f"direction is {self.direction!r}, but {self.objective} is to {right}")
+        return self
+
+    @property
+    def total(self) -> int:
+        """Trials of the whole study."""
+        return self.n_trials or self.workers * self.trials_per_worker
 
 
 class Slurm(Section):
@@ -335,6 +394,20 @@ class Config(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _space_is_of_known_keys(self) -> Config:
+        for key, range_ in self.tuning.space.items():
+            section = section_of(key)
+            bounds = range_.choices if isinstance(range_, Choice) else [range_.low, range_.high]
+            for value in bounds:
+                values = {**getattr(self, section).model_dump(), key: value}
+                try:
+                    getattr(self, section).model_validate(values)
+                except ValidationError as error:
+                    why = error.errors(include_url=False)[0]["msg"]
+                    raise ValueError(f"tuning.space.{key}: {value!r} cannot be used: {why}") from None
+        return self
+
     @property
     def cache_dir(self) -> Path:
         """`paths.cache_dir`, below `global.scratch_dir` when relative."""
@@ -344,6 +417,21 @@ class Config(Section):
     def checkpoint_dir(self) -> Path:
         """`paths.checkpoint_dir`, below `global.scratch_dir` when relative."""
         return _on_disk(self.global_.scratch_dir / self.paths.checkpoint_dir)
+
+
+def section_of(key: str) -> Literal["training", "training_model"]:
+    """The section that a tuned key belongs to. Raises ValueError for a key that cannot be tuned."""
+    if key in TrainingModel.model_fields and key != "input_dim":
+        return "training_model"
+    if key in Training.model_fields and key not in NOT_TUNED:
+        return "training"
+    tunable = [*TrainingModel.model_fields, *Training.model_fields]
+    near = difflib.get_close_matches(key, tunable, 1, cutoff=0)[0]
+    raise ValueError(
+        f"tuning.space.{key}: not a key that can be tuned; did you mean {near!r}?"
+        if near not in (key, "input_dim", *NOT_TUNED)
+        else f"tuning.space.{key}: not a key that can be tuned"
+    )
 
 
 def _on_disk(folder: Path) -> Path:

@@ -15,7 +15,7 @@ from tripletkit import fsio, log
 from tripletkit.config import Config
 from tripletkit.data.bands import Bands
 from tripletkit.data.store import Store
-from tripletkit.errors import ConfigError, RunError
+from tripletkit.errors import ConfigError, DivergedError, RunError
 from tripletkit.log import logger
 from tripletkit.paths import RunPaths
 from tripletkit.train import rng, state
@@ -51,6 +51,7 @@ class TrainResult:
 
     status: Literal["finished", "stopped"]
     epochs: int
+    steps: int  # of this process
     metrics: Mapping[str, float]
     raw: Mapping[str, float]
     best_metrics: Mapping[str, float]
@@ -170,6 +171,7 @@ class _Run:
         self.trackers = trackers
         self.report = report
         self.saved_at = time.monotonic()
+        self.began_at = progress.global_step
 
     def go(self, should_stop: Callable[[], bool]) -> TrainResult:
         """Train until the last epoch, early stopping, or a request to stop."""
@@ -292,11 +294,11 @@ class _Run:
             self.report(progress.epoch, progress.metrics)
 
     def _train_loss(self) -> float:
-        """Mean loss of the epoch so far. Waits for the device. Raises RunError if not finite."""
+        """Mean loss of the epoch so far. Waits for the device. Raises DivergedError."""
         tally = self.pieces.learner.tally.sum(0)
         loss = float(tally[LOSS] / tally[PULLS])
         if not math.isfinite(loss):
-            raise RunError(
+            raise DivergedError(
                 f"the training loss became {loss} in epoch {self.progress.epoch + 1}, "
                 f"at or before step {self.progress.global_step}",
                 hint='lower training.learning_rate or set training.precision = "fp32"; '
@@ -335,6 +337,7 @@ class _Run:
         return TrainResult(
             status=status,
             epochs=progress.epoch,
+            steps=progress.global_step - self.began_at,
             metrics=progress.metrics,
             raw=progress.raw,
             best_metrics=progress.best_metrics,

@@ -1,0 +1,89 @@
+"""`tripletkit init | train | evaluate | demo`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from tripletkit.cli.options import (
+    SLURM_FLAGS,
+    AsJson,
+    ConfigFile,
+    DryRun,
+    OnCluster,
+    Overrides,
+    flags,
+    load,
+)
+from tripletkit.errors import ConfigError
+from tripletkit.log import out
+
+
+def init(
+    path: Annotated[Path, typer.Argument(help="File to write.")] = Path("config.toml"),
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing file.")] = False,
+) -> None:
+    """Write a commented config.toml with every key and its default."""
+    from tripletkit import config, fsio
+
+    if path.exists() and not force:
+        raise ConfigError(f"{path} exists", hint="--force replaces it")
+    fsio.write_text(path, config.template())
+    out.print(f"wrote {path}: set paths.train_parquet_path in it next", soft_wrap=True)
+
+
+@flags("slurm", SLURM_FLAGS)
+def train(
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    cluster: OnCluster = "here",
+    dry_run: DryRun = False,
+) -> None:
+    """Train a projection head, or go on where an earlier run stopped."""
+    from tripletkit import submission
+
+    loaded = load(config, overrides)
+    raise typer.Exit(submission.start("train", loaded, {}, cluster, dry_run=dry_run))
+
+
+@flags("slurm", SLURM_FLAGS)
+def evaluate(
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Default: the best one in checkpoint_dir.")
+    ] = None,
+    as_json: AsJson = False,
+    cluster: OnCluster = "here",
+    dry_run: DryRun = False,
+) -> None:
+    """Print retrieval metrics of a split: the raw embeddings beside the trained head."""
+    from tripletkit import stages, submission
+
+    if split not in stages.SPLITS:
+        raise ConfigError(f"--split is {split!r}", hint="one of train, val, test")
+    options = {
+        "split": split,
+        "checkpoint": str(checkpoint.absolute()) if checkpoint else None,
+        "as_json": as_json,
+    }
+    loaded = load(config, overrides)
+    raise typer.Exit(submission.start("evaluate", loaded, options, cluster, dry_run=dry_run))
+
+
+def demo(
+    folder: Annotated[Path, typer.Argument(help="Folder for everything it writes.")] = Path("demo"),
+) -> None:
+    """Run the whole job on real data made from fonts: about a minute on two cores."""
+    from tripletkit import demo
+
+    raise typer.Exit(demo.run(folder))
+
+
+def add_to(app: typer.Typer) -> None:
+    """Register the commands."""
+    for command in (init, train, evaluate, demo):
+        app.command(command.__name__)(command)

@@ -1,0 +1,170 @@
+"""Jobs and what they say about themselves: who am I, until when, and who else lives.
+
+A job writes a record when it starts and when it ends, and holds a lock for as long as its process
+lives. Slurm knows more about its own jobs; for background processes the records are all there is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Literal
+
+from tripletkit import fsio
+from tripletkit.cluster import queue
+from tripletkit.errors import ClusterError, RunError
+from tripletkit.log import logger
+from tripletkit.paths import LogPaths
+
+JobState = Literal["running", "pending", "gone", "unknown"]
+
+LOCAL = "local-"
+# Of the states that squeue shows, those of a job that is over, and that does not run but will.
+ENDED = (
+    "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY",
+    "TIMEOUT",
+)  # fmt: skip
+PENDING = ("PENDING", "REQUEUED", "REQUEUE_HOLD", "REQUEUE_FED", "SPECIAL_EXIT", "RESV_DEL_HOLD")
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a job says about itself. Times are UTC, ISO 8601; `ended` is absent while it runs."""
+
+    job: str
+    stage: str
+    name: str
+    host: str
+    pid: int
+    restart: int
+    config: str
+    started: str
+    ended: str | None = None
+    exit_code: int | None = None
+    message: str | None = None
+
+
+def current_job() -> str:
+    """`123`, `123_4` in an array, `local-<pid>` outside of Slurm. The same after a requeue."""
+    env = os.environ
+    if "SLURM_ARRAY_JOB_ID" in env:
+        return f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}"
+    if "SLURM_JOB_ID" in env:
+        return env["SLURM_JOB_ID"]
+    return LOCAL + env.get("SUBMITIT_LOCAL_JOB_ID", str(os.getpid()))
+
+
+def restart_count() -> int:
+    """How often Slurm has started this job again."""
+    return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+
+
+def deadline(job: str) -> float | None:
+    """When Slurm ends this job, as Unix time; None without a limit or when it cannot be asked."""
+    if job.startswith(LOCAL):
+        return None
+    try:
+        end = queue.job_facts(job).get("EndTime", "Unknown")
+    except ClusterError as error:
+        logger.warning("cannot ask Slurm for the time limit: %s", error.message)
+        return None
+    try:
+        return datetime.fromisoformat(end).timestamp()  # local time, as Slurm prints it
+    except ValueError:
+        return None
+
+
+@contextlib.contextmanager
+def recorded(logs: LogPaths, record: Record) -> Iterator[Callable[[int, str | None], None]]:
+    """Keep the record of a running job; yields `ended(exit_code, message)`.
+
+    Raises RunError if another process runs under the same job id.
+    """
+    with _own_lock(logs.lock(record.job)) as ours:
+        if not ours:
+            raise RunError(
+                f"job {record.job} already runs a process of ours",
+                hint="ask for one task per job (--ntasks=1)",
+            )
+        path = logs.record(record.job)
+        fsio.write_json(path, asdict(record))
+
+        def ended(exit_code: int, message: str | None) -> None:
+            done = replace(record, ended=fsio.timestamp(), exit_code=exit_code, message=message)
+            fsio.write_json(path, asdict(done))
+
+        yield ended
+
+
+@contextlib.contextmanager
+def _own_lock(path: Path) -> Iterator[bool]:
+    """Hold the lock, or yield False. Who asks whether we live holds it for a moment, too."""
+    patience = time.monotonic() + 2
+    while True:
+        with fsio.exclusive_lock(path, wait=False) as lock:
+            if lock.ours or time.monotonic() > patience:
+                yield lock.ours
+                return
+        time.sleep(0.05)
+
+
+def records(logs: LogPaths) -> list[Record]:
+    """The records of all jobs that ever ran, by id."""
+    return [found for path in logs.records() if (found := read(path)) is not None]
+
+
+def read(path: Path) -> Record | None:
+    """One record, or None where there is none."""
+    try:
+        return Record(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def new_record(job: str, stage: str, name: str, config: str) -> Record:
+    """The record of a job that starts here and now."""
+    return Record(
+        job=job,
+        stage=stage,
+        name=name,
+        host=socket.gethostname(),
+        pid=os.getpid(),
+        restart=restart_count(),
+        config=config,
+        started=fsio.timestamp(),
+    )
+
+
+def states(logs: LogPaths, ids: Iterable[str]) -> dict[str, JobState]:
+    """What has become of these jobs; asks Slurm once, and the locks of local processes."""
+    ids = sorted(set(ids))
+    found: dict[str, JobState] = {
+        job: _state_of_process(logs, job) for job in ids if job.startswith(LOCAL)
+    }
+    if slurm := [job for job in ids if not job.startswith(LOCAL)]:
+        try:
+            queued = {row.id: row.state for row in queue.queued(slurm)}
+        except ClusterError as error:
+            logger.warning("cannot ask Slurm who lives: %s", error.message)
+            return found | dict.fromkeys(slurm, "unknown")
+        for job in slurm:
+            state = queued.get(job)
+            found[job] = "gone" if state is None else "pending" if state in PENDING else "running"
+    return found
+
+
+def _state_of_process(logs: LogPaths, job: str) -> JobState:
+    record = read(logs.record(job))
+    if record is not None and record.host != socket.gethostname():
+        return "unknown"  # a lock may not be seen from another host
+    if not logs.lock(job).exists():
+        return "gone"
+    with fsio.exclusive_lock(logs.lock(job), wait=False) as lock:
+        return "gone" if lock.ours and lock.sure else "running" if lock.sure else "unknown"

@@ -1,0 +1,192 @@
+"""From a command to where its work is done: this process, the background, or a Slurm job."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from tripletkit import config as configuration
+from tripletkit import fsio, log, stages, worker
+from tripletkit.cluster import launch, preempt, preflight, queue
+from tripletkit.cluster.launch import Job, Submission
+from tripletkit.config import Config
+from tripletkit.errors import DONE, ConfigError
+from tripletkit.log import logger
+from tripletkit.paths import LogPaths, run_paths
+
+if TYPE_CHECKING:
+    from tripletkit.tune.best import Best
+
+Cluster = Literal["here", "local", "slurm"]
+
+# These answer to a signal by saving their state; the others just end.
+STOPPABLE = ("train", "tune", "best", "db")
+# Of the small job behind the workers.
+TIDY = {"cpus_per_task": 1, "gpus": 0, "gres": None, "mem": "2G", "time": "00:15:00"}
+WAIT_FOR_DATABASE = 3600.0  # seconds; it may have to queue
+
+
+def start(
+    stage: str, config: Config, options: Mapping[str, Any], cluster: Cluster, *, dry_run: bool
+) -> int:
+    """Run a stage here, or send it to a cluster."""
+    _check_dry_run(cluster, dry_run)
+    if cluster == "here":
+        return _here(stage, config, options)
+    if stage == "train":
+        stages.check_files(config)
+    _send(_job(stage, config, options), _keep(stage, config), options, cluster, dry_run=dry_run)
+    return DONE
+
+
+def tune(config: Config, cluster: Cluster | None, *, prepare: bool, dry_run: bool) -> int:
+    """Prepare the study and start its workers; with `prepare`, others start them."""
+    from tripletkit.tune import study
+
+    cluster = cluster or _default_cluster()
+    _check_dry_run(cluster, dry_run)
+    paths, tuning = stages.study_paths(config), config.tuning
+    job = _job("tune", config, count=tuning.workers)
+    stages.check_files(config)
+    if cluster == "slurm":
+        study.check_reach(tuning, queue.node_hosts())
+        preflight.check(job, [tuning.output_dir])
+    if dry_run:
+        log.out.print(launch.script(job), soft_wrap=True)
+        return DONE
+    trials = len(study.prepare(config, paths).study.get_trials(deepcopy=False))
+    if prepare:
+        log.out.print(str(paths.config), soft_wrap=True)
+        return DONE
+    log.out.print(
+        f"study {tuning.study_name}: {trials} of {tuning.total} trials exist; {paths.root}",
+        soft_wrap=True,
+    )
+    if cluster == "here":
+        return _here("tune", configuration.load(paths.config, environ={}), {})
+    sent = _submit(job, paths.config, {}, cluster)
+    if cluster == "slurm":
+        arrays = sorted({each.partition("_")[0] for each in sent.jobs})
+        slurm = config.slurm.model_copy(update=TIDY)
+        tidy = _job("tidy", config, slurm=slurm, dependency="afterany:" + ":".join(arrays))
+        _submit(tidy, paths.config, {}, cluster)
+    log.out.print("`tripletkit status` shows the trials, `tripletkit wait` waits for them")
+    return DONE
+
+
+def submit_best(
+    config: Config, best: Best, cluster: Cluster | None, *, prepare: bool, dry_run: bool
+) -> int:
+    """Train with the best trial's parameters, on all the data."""
+    from tripletkit.tune.best import final_config
+
+    cluster = cluster or _default_cluster()
+    _check_dry_run(cluster, dry_run)
+    final = final_config(config, best)
+    stages.check_files(final)
+    logger.info("%s: %s %.4f with %s", best.source, best.metric, best.value, dict(best.params))
+    job = _job("best", final)
+    if dry_run:
+        preflight.check(job)
+        log.out.print(launch.script(job), soft_wrap=True)
+        return DONE
+    config_file = _keep("best", final)
+    fsio.write_json(run_paths(final.checkpoint_dir).origin, best._asdict())
+    if prepare:
+        log.out.print(str(config_file), soft_wrap=True)
+        return DONE
+    if cluster == "here":
+        return _here("best", final, {})
+    _send(job, config_file, {}, cluster)
+    log.out.print(f"checkpoints: {final.checkpoint_dir}", soft_wrap=True)
+    return DONE
+
+
+def find_best(config: Config, source: str, number: int | None) -> Best:
+    """The best trial, of the study or of the W&B project."""
+    from tripletkit.tune import best, storage
+
+    if source == "wandb":
+        return best.from_wandb(config)
+    shared = storage.open_study(config.tuning, seed=0, workers=1, patience=60)
+    return best.from_study(shared.study, config.tuning.objective, number)
+
+
+def start_database(config: Config, folder: Path, cluster: Cluster, *, workers: int) -> int:
+    """Start a PostgreSQL in `folder` and wait until it answers."""
+    from tripletkit.tune import database
+
+    options = {"folder": str(folder), "max_connections": database.max_connections_for(workers)}
+    if cluster == "here":
+        return _here("db", config, options)
+    slurm = config.slurm.model_copy(update={"gpus": 0, "gres": None})
+    _send(_job("db", config, options, slurm=slurm), _keep("db", config), options, cluster)
+    database.wait_until_up(folder, time.monotonic() + WAIT_FOR_DATABASE)
+    log.out.print(f"PostgreSQL is up; use it with --storage-path {folder}", soft_wrap=True)
+    return DONE
+
+
+def _job(stage: str, config: Config, options: Mapping[str, Any] | None = None, **more: Any) -> Job:
+    values = {"slurm": config.slurm, "log_dir": config.global_.log_dir, **more}
+    return Job(stage=stage, name=stages.job_name(stage, config, options or {}), **values)
+
+
+def _send(
+    job: Job,
+    config_file: Path,
+    options: Mapping[str, Any],
+    cluster: Cluster,
+    *,
+    dry_run: bool = False,
+) -> None:
+    """Check and submit a job, or only print its script."""
+    if cluster == "slurm":
+        preflight.check(job)
+    if dry_run:
+        log.out.print(launch.script(job), soft_wrap=True)
+    else:
+        _submit(job, config_file, options, cluster)
+
+
+def _submit(
+    job: Job, config_file: Path, options: Mapping[str, Any], cluster: Cluster
+) -> Submission:
+    assert cluster != "here"
+    call = worker.Call(job.stage, str(config_file), options)
+    sent = launch.submit(job, call, cluster=cluster)
+    ids = sorted({each.partition("_")[0] for each in sent.jobs})
+    elements = f", {len(sent.jobs)} elements" if len(sent.jobs) > len(ids) else ""
+    log.out.print(f"{job.name}: {cluster} job {' '.join(ids)}{elements}", soft_wrap=True)
+    log.out.print(f"log: {sent.out[0]}", soft_wrap=True)
+    return sent
+
+
+def _here(stage: str, config: Config, options: Mapping[str, Any]) -> int:
+    if stage not in STOPPABLE:
+        return stages.JOBS[stage](config, lambda: False, **options)
+    with preempt.watch() as stop:
+        return worker.attend(stage, config, options, stop)
+
+
+def _keep(stage: str, config: Config) -> Path:
+    """Write the effective configuration of a job, under a name that its content decides."""
+    text = configuration.dump(config)
+    folder = LogPaths(config.global_.log_dir).configs
+    path = folder / f"{stage}_{fsio.digest([text])[:12]}.toml"
+    fsio.write_text(path, text)
+    return path
+
+
+def _default_cluster() -> Cluster:
+    found = queue.available()
+    logger.info(
+        "--cluster %s, as there is %s sbatch here", *(("slurm", "an") if found else ("local", "no"))
+    )
+    return "slurm" if found else "local"
+
+
+def _check_dry_run(cluster: Cluster, dry_run: bool) -> None:
+    if dry_run and cluster != "slurm":
+        raise ConfigError("--dry-run shows the script of a Slurm job", hint="--cluster slurm")

@@ -1,0 +1,47 @@
+"""attempts.jsonl of a trial: which jobs worked on it, and how each attempt ended."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tripletkit import fsio
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Every attempt, oldest first. One without `outcome` was killed, or is going on."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def begin(path: Path, mark: Mapping[str, Any], *, from_epoch: int) -> None:
+    """Note that an attempt starts; `mark` says whose it is."""
+    _write(path, [*read(path), {**mark, "started": fsio.timestamp(), "from_epoch": from_epoch}])
+
+
+def end(path: Path, outcome: str, *, cause: str | None = None, message: str | None = None) -> None:
+    """Note how the newest attempt ended."""
+    *before, last = read(path)
+    last |= {"ended": fsio.timestamp(), "outcome": outcome}
+    if cause:
+        last |= {"cause": cause, "message": message}
+    _write(path, [*before, last])
+
+
+def killed_in_a_row(path: Path) -> int:
+    """How many attempts in a row were killed without getting one epoch further."""
+    count = 0
+    following: int | None = None
+    for attempt in reversed(read(path)):
+        if "outcome" in attempt or following not in (None, attempt["from_epoch"]):
+            break
+        following = attempt["from_epoch"]
+        count += 1
+    return count
+
+
+def _write(path: Path, attempts: list[dict[str, Any]]) -> None:
+    fsio.write_text(path, "".join(json.dumps(attempt) + "\n" for attempt in attempts))

@@ -1,0 +1,238 @@
+"""One worker: takes trials of the shared study until there is nothing left to do."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import optuna
+import torch
+
+from tripletkit import fsio, log
+from tripletkit.config import Config
+from tripletkit.errors import ConfigError, DivergedError, RunError, TripletkitError
+from tripletkit.log import logger
+from tripletkit.paths import StudyPaths, TrialPaths
+from tripletkit.train import loop
+from tripletkit.train.loop import Data
+from tripletkit.tune import attempts, claims, space
+from tripletkit.tune.claims import Claim, JobStates, Worker
+from tripletkit.tune.storage import SharedStudy
+
+# Three in a row are no accident: something is wrong with the data, the machine or the space.
+FAILURES_IN_A_ROW = 3
+# Killed so often at the same epoch, a trial will be killed again (memory, mostly).
+KILLS_IN_A_ROW = 3
+# What a trial needs at least: start, one epoch and a checkpoint. Learned from the first one.
+FIRST_EPOCH_SECONDS = 60.0
+# For so long we wait for another process to leave the trial's folder.
+BUSY_SECONDS = 600
+# Of a worker's time, at the most this share goes into asking the storage about pruning.
+ASKING_SHARE = 0.02
+
+
+class TakenOver(Exception):  # noqa: N818 - not an error
+    """Another worker goes on with our trial: the scheduler said that our job was gone."""
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """What a worker has to be told: which jobs live, and when to stop."""
+
+    load_data: Callable[[Config], Data]  # opens what a trial's configuration names
+    job_states: JobStates
+    should_stop: Callable[[], bool]
+    seconds_left: Callable[[], float]  # to the time limit; infinite without one
+
+
+class Ended(NamedTuple):
+    """How a trial ended here. `failed` counts towards giving up."""
+
+    outcome: Literal["complete", "pruned", "stopped", "failed", "taken over"]
+    failed: bool = False
+
+
+@dataclass
+class Summary:
+    """What a worker did; `open` says whether there is work left that it could do."""
+
+    ended: list[str] = field(default_factory=list)
+    open: bool = False
+
+
+def run(
+    shared: SharedStudy,
+    config: Config,
+    paths: StudyPaths,
+    worker: Worker,
+    surroundings: Surroundings,
+) -> Summary:
+    """Work until the study has its total, or until the surroundings say that time is up.
+
+    Raises RunError after three failed trials in a row, DataError and StorageError at once.
+    """
+    should_stop, seconds_left = surroundings.should_stop, surroundings.seconds_left
+    summary, failures, needed = Summary(), 0, FIRST_EPOCH_SECONDS
+    while not should_stop():
+        if seconds_left() < needed:
+            logger.info("%.0f s to the time limit: too few for another trial", seconds_left())
+            break
+        claim = claims.claim(shared, worker, config.tuning.total, surroundings.job_states)
+        if claim is None:
+            logger.info("nothing left to do in study %s", config.tuning.study_name)
+            return summary
+        trial = _Trial(claim, config, paths.trial(claim.trial.number))
+        ended = trial.run(surroundings.load_data, should_stop)
+        needed = max(needed if summary.ended else 0.0, trial.first_epoch_seconds or needed)
+        summary.ended.append(ended.outcome)
+        failures = failures + 1 if ended.failed else 0
+        if failures == FAILURES_IN_A_ROW:
+            raise RunError(
+                f"{failures} trials in a row failed",
+                hint=f"see {trial.paths.log} and `tripletkit why {claim.trial.number}`",
+            )
+    summary.open = claims.is_open(shared, config.tuning.total)
+    return summary
+
+
+def _cause(error: Exception) -> tuple[str, str] | None:
+    """What about the trial itself made it fail; None if it was something else."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "cuda_oom", str(error).splitlines()[0]
+    if isinstance(error, MemoryError):
+        return "host_oom", f"out of memory: {error}"
+    if isinstance(error, DivergedError):
+        return "nan", error.message
+    if isinstance(error, ConfigError):
+        return "bad_configuration", error.message
+    return None
+
+
+class _Trial:
+    """One attempt at one trial."""
+
+    def __init__(self, claim: Claim, config: Config, paths: TrialPaths) -> None:
+        self.claim = claim
+        self.trial = claim.trial
+        self.config = config
+        self.objective = config.tuning.objective
+        self.paths = paths
+        self.began = time.monotonic()
+        self.first_epoch_seconds: float | None = None
+        self.asked_at = -float("inf")
+        self.asking_took = 0.0
+
+    def run(self, load_data: Callable[[Config], Data], should_stop: Callable[[], bool]) -> Ended:
+        """Train the trial, or go on with it, and tell the study how it ended."""
+        with log.also_to(self.paths.log):
+            if (kills := attempts.killed_in_a_row(self.paths.attempts)) >= KILLS_IN_A_ROW:
+                return self._failed("killed", f"killed {kills} times without finishing an epoch")
+            self._report_what_is_on_file()
+            attempts.begin(
+                self.paths.attempts, self.claim.owner, from_epoch=max(self._reported(), default=0)
+            )
+            try:
+                return self._train(load_data, should_stop)
+            except optuna.TrialPruned:
+                return self._finish("pruned", state=optuna.trial.TrialState.PRUNED)
+            except TakenOver:
+                return self._taken_over()
+            except Exception as error:
+                cause = _cause(error)
+                if cause is not None:
+                    return self._failed(*cause)
+                if isinstance(
+                    error, TripletkitError | OSError
+                ):  # data, storage, disk: not its fault
+                    self._give_back(str(error))
+                else:
+                    self._failed("bug", f"{type(error).__name__}: {error}")
+                raise
+
+    def _train(self, load_data: Callable[[Config], Data], should_stop: Callable[[], bool]) -> Ended:
+        self._wait_for_folder(should_stop)
+        params = space.suggest(self.trial, self.config.tuning.space)
+        logger.info("trial %d: %s", self.trial.number, json.dumps(params))
+        config = space.trial_config(self.config, params, self.paths)
+        result = loop.train(
+            config, load_data(config), self.paths, report=self._report, should_stop=should_stop
+        )
+        if result.status == "stopped":
+            self._give_back("asked to stop")
+            return Ended("stopped")
+        return self._finish("complete", value=result.best_metrics[self.objective])
+
+    def _wait_for_folder(self, should_stop: Callable[[], bool]) -> None:
+        """Wait for a process that was cut off from the scheduler, until it sees that it lost."""
+        for _ in range(BUSY_SECONDS):
+            with fsio.exclusive_lock(self.paths.lock, wait=False) as lock:
+                if lock.ours:
+                    return
+            if should_stop():
+                return
+            time.sleep(1)
+
+    def _report(self, epoch: int, metrics: Mapping[str, float]) -> None:
+        """Tell the study an epoch's value; ends the trial if it is pruned, or no longer ours."""
+        if self.first_epoch_seconds is None and epoch > 0:
+            self.first_epoch_seconds = time.monotonic() - self.began
+        if epoch not in self._reported():
+            self.trial.report(metrics[self.objective], epoch)
+        if epoch == self.config.tuning.max_epochs:
+            return  # it is done anyway
+        now = time.monotonic()
+        if now - self.asked_at < self.asking_took / ASKING_SHARE:
+            return
+        if not self.claim.holds():
+            raise TakenOver
+        prune = self.trial.should_prune()
+        self.asked_at = time.monotonic()
+        self.asking_took = self.asked_at - now
+        if prune:
+            logger.info("trial %d: pruned at epoch %d", self.trial.number, epoch)
+            raise optuna.TrialPruned
+
+    def _report_what_is_on_file(self) -> None:
+        """Report epochs that an earlier attempt finished but did not get to report."""
+        if not self.paths.metrics.exists():
+            return
+        for line in self.paths.metrics.read_text().splitlines():
+            try:
+                record: dict[str, Any] = json.loads(line)
+            except json.JSONDecodeError:
+                break  # killed while writing: the epoch will come again
+            if self.objective in record and record["epoch"] not in self._reported():
+                self.trial.report(record[self.objective], record["epoch"])
+
+    def _reported(self) -> Mapping[int, float]:
+        return self.trial._cached_frozen_trial.intermediate_values
+
+    def _finish(self, outcome: Literal["complete", "pruned"], **how: Any) -> Ended:
+        if not self.claim.holds():
+            return self._taken_over()
+        self.claim.shared.study.tell(self.trial, how.get("value"), state=how.get("state"))
+        attempts.end(self.paths.attempts, outcome)
+        value = f", {self.objective} {how['value']:.4f}" if "value" in how else ""
+        logger.info("trial %d: %s%s", self.trial.number, outcome, value)
+        return Ended(outcome)
+
+    def _failed(self, kind: str, message: str) -> Ended:
+        if not self.claim.holds():
+            return self._taken_over()
+        logger.error("trial %d failed (%s): %s", self.trial.number, kind, message)
+        self.claim.fail(kind, message)
+        if self.paths.attempts.exists():
+            attempts.end(self.paths.attempts, "failed", cause=kind, message=message)
+        return Ended("failed", failed=True)
+
+    def _taken_over(self) -> Ended:
+        logger.warning("trial %d was taken over by another worker", self.trial.number)
+        return Ended("taken over")
+
+    def _give_back(self, why: str) -> None:
+        logger.info("trial %d: %s; whoever is free goes on with it", self.trial.number, why)
+        attempts.end(self.paths.attempts, "stopped", cause="stopped", message=why)
+        self.claim.release()

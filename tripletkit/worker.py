@@ -1,0 +1,124 @@
+"""The entry point of every job: `python -m tripletkit.worker STAGE --config FILE`.
+
+Around the stage it keeps the job's record, turns signals into a request to stop, and decides how
+the job ends: exit code 0 is done, 85 asks to be run again, all others are failures (errors.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from tripletkit import boundary, config, stages
+from tripletkit.cluster import jobs, preempt, queue
+from tripletkit.cluster.preempt import Stop
+from tripletkit.config import Config
+from tripletkit.errors import REQUEUE, ClusterError, Interrupted
+from tripletkit.log import logger
+from tripletkit.paths import LogPaths
+
+# Started so often without getting anywhere, the job will not get anywhere.
+FRUITLESS_STARTS = 3
+KILL_SECONDS = 600  # Slurm kills a requeued job within KillWait, half a minute by default
+
+
+class Call:
+    """The call that submitit packages: a stage's name and a file, never data or secrets."""
+
+    def __init__(self, stage: str, config_file: str, options: Mapping[str, Any]) -> None:
+        self.stage = stage
+        self.config_file = config_file
+        self.options = options
+
+    def __call__(self) -> int:
+        """Run the job; does not return if Slurm is to run it again."""
+        code = run(self.stage, Path(self.config_file), self.options, requeue=True)
+        if code:
+            sys.exit(code)
+        return code
+
+    def checkpoint(self, *_: object) -> object:
+        """For a signal that comes before ours are watched: the same call again."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
+
+
+def run(stage: str, config_file: Path, options: Mapping[str, Any], *, requeue: bool = False) -> int:
+    """Run a stage as this job; returns the exit code. `requeue` asks Slurm itself on 85."""
+    boundary.prepare_process()
+    with preempt.watch() as stop:
+        # The file is the whole truth of a job: the environment has had its say in it.
+        ending = boundary.run(
+            lambda: attend(
+                stage, config.load(config_file, environ={}), options, stop, str(config_file)
+            )
+        )
+        if ending.exit_code == REQUEUE and requeue:
+            _requeue(jobs.current_job())
+        return ending.exit_code
+
+
+def attend(
+    stage: str, loaded: Config, options: Mapping[str, Any], stop: Stop, config_file: str = ""
+) -> int:
+    """Run a stage and keep its record; without a file it is no job, and does not run again."""
+    job = jobs.current_job()
+    name = stages.job_name(stage, loaded, options)
+    record = jobs.new_record(job, stage, name, config_file)
+    with jobs.recorded(LogPaths(loaded.global_.log_dir), record) as ended:
+        if config_file:
+            logger.info("job %s on %s: %s, %s", job, record.host, name, config_file)
+        ending = boundary.run(lambda: stages.JOBS[stage](loaded, stop, **options))
+        code = ending.exit_code
+        if isinstance(ending.error, Interrupted) and config_file:
+            code = REQUEUE if _runs_again(job, stop, ending.error) else code
+        ended(code, ending.message)
+    return code
+
+
+def _runs_again(job: str, stop: Stop, error: Interrupted) -> bool:
+    """Whether to ask for another start: time limit or preemption, not a cancelled job."""
+    if job.startswith(jobs.LOCAL):
+        return False
+    if not error.progress and jobs.restart_count() >= FRUITLESS_STARTS:
+        logger.error("%d starts without progress: not asking for another", FRUITLESS_STARTS)
+        return False
+    if stop.wants_requeue or not stop():
+        return True
+    try:
+        facts = queue.job_facts(job)
+    except ClusterError:
+        return False
+    # In the grace time of a preemption the job still runs. Leaving now would lose the requeue that
+    # Slurm has in mind for the end of it, so we ask for ours. A cancelled job is COMPLETING.
+    preempted = facts.get("PreemptTime", "None") not in ("None", "")
+    return facts.get("JobState") == "RUNNING" and preempted
+
+
+def _requeue(job: str) -> None:
+    """Have Slurm run the job again, and wait for the end of this start of it."""
+    if not queue.requeue(job):
+        logger.info("Slurm has requeued the job already")
+    deadline = time.monotonic() + KILL_SECONDS
+    while time.monotonic() < deadline:
+        time.sleep(1)
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run a job from the shell, or from an sbatch file."""
+    parser = argparse.ArgumentParser(prog="python -m tripletkit.worker", description=__doc__)
+    parser.add_argument("stage", choices=sorted(stages.JOBS))
+    parser.add_argument("--config", type=Path, required=True, help="effective configuration")
+    parser.add_argument("--options", type=json.loads, default={}, help="of the stage, as JSON")
+    given = parser.parse_args(arguments)
+    sys.exit(run(given.stage, given.config, given.options))
+
+
+if __name__ == "__main__":
+    main()
