@@ -124,8 +124,11 @@ def _faults(slurm, tmp_path: Path, server, url: str) -> None:
     os.kill(at_work[killed].user_attrs[claims.OWNER]["pid"], signal.SIGKILL)
     slurm.run("scontrol", "requeue", requeued)
     slurm.run("scancel", cancelled)
-    # Both workers of the second node preempted.
-    high = slurm.sbatch("sleep 20", "--partition=high", "--exclusive", f"--nodelist={second}")
+    # Everything on the second node preempted at once, on the third within a grace time.
+    high = [
+        slurm.sbatch("sleep 20", "--partition=high", "--exclusive", f"--nodelist={node}")
+        for node in (second, third)
+    ]
     # A slurmd killed and started again, under its jobs.
     slurm.stop_slurmd(fourth)
     slurm.start_slurmd(fourth)
@@ -133,11 +136,11 @@ def _faults(slurm, tmp_path: Path, server, url: str) -> None:
     server.stop()
     time.sleep(3)
     server.start()
-    assert_no_secret(slurm, tmp_path, server.password, [*at_work, high])
+    assert_no_secret(slurm, tmp_path, server.password, [*at_work, *high])
 
     fleet.wait_for_empty_queue(slurm, logs_of(config), deadline=420)
     trials = assert_exact(config)
-    hit = {killed, requeued, cancelled, *seen[second]}
+    hit = {killed, requeued, *seen[second], *seen[third]}
     for job in hit:
         number = at_work[job].number
         tries = fleet.attempts(fleet.study_paths(config).trial(number))
@@ -146,7 +149,7 @@ def _faults(slurm, tmp_path: Path, server, url: str) -> None:
         assert tries[-1]["outcome"] == "complete"
     untouched = at_work[min(seen[fourth])]
     assert len(fleet.attempts(fleet.study_paths(config).trial(untouched.number))) == 1
-    assert_no_secret(slurm, tmp_path, server.password, [*at_work, high])
+    assert_no_secret(slurm, tmp_path, server.password, [*at_work, *high])
     # One of them, trained in one go elsewhere, gives the same file.
     number = at_work[killed].number
     whole = tmp_path / "whole"

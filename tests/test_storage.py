@@ -8,13 +8,12 @@ import os
 import resource
 import signal
 import socket
-import sys
 import threading
 import time
 import traceback
-import types
+from concurrent.futures import ThreadPoolExecutor, wait
 from multiprocessing import forkserver
-from typing import NamedTuple
+from pathlib import Path
 
 import optuna
 import psycopg2
@@ -22,9 +21,10 @@ import pytest
 from optuna.storages import BaseStorage
 from optuna.trial import TrialState
 
-import tripletkit.tune
+from tests.postgres import Server
 from tripletkit.config import Tuning
 from tripletkit.errors import ConfigError, StorageError
+from tripletkit.tune import database as tripletkit_database
 from tripletkit.tune import journal, retry, storage
 from tripletkit.tune.retry import Retry
 from tripletkit.tune.storage import TurnLost
@@ -33,6 +33,7 @@ pytest_plugins = ["tests.postgres"]
 
 fork = multiprocessing.get_context("forkserver")
 
+# What else a process loads when it opens a study.
 LOADED_LATE = [
     "alembic.command", "alembic.config", "alembic.migration", "alembic.script",
     "optuna.storages._rdb.models", "sqlalchemy.dialects.postgresql", "sqlalchemy.dialects.sqlite",
@@ -52,6 +53,12 @@ def our_forkserver():
     server.set_forkserver_preload(before)
 
 
+@pytest.fixture(autouse=True)
+def less_patience(monkeypatch):
+    """So that a test that goes wrong ends."""
+    monkeypatch.setattr(retry, "PATIENCE", 60.0)
+
+
 @pytest.fixture(params=["sqlite", "journal", "postgresql"])
 def tuning(request, tmp_path) -> Tuning:
     """A place for a study on each kind of storage."""
@@ -64,7 +71,9 @@ def on(url: str, **options) -> Tuning:
     return Tuning(storage_url=url, **{"sampler": "random", **options})
 
 
-def open_study(tuning: Tuning, *, seed: int = 0, workers: int = 8, **options) -> storage.SharedStudy:
+def open_study(
+    tuning: Tuning, *, seed: int = 0, workers: int = 8, **options
+) -> storage.SharedStudy:
     return storage.open_study(tuning, seed=seed, workers=workers, **options)
 
 
@@ -226,21 +235,18 @@ def turn_taken(tuning: Tuning):
         process.join()
 
 
+def take_a_turn(shared: storage.SharedStudy) -> None:
+    with shared.turn():
+        pass
+
+
 def test_a_killed_worker_loses_its_turn_at_once(tuning):
     shared = storage.create(tuning)
-    with turn_taken(tuning) as holder:
-        done = threading.Event()
-
-        def take_a_turn() -> None:
-            with shared.turn():
-                done.set()
-
-        waiting = threading.Thread(target=take_a_turn)
-        waiting.start()
-        assert not done.wait(0.3)
+    with ThreadPoolExecutor() as pool, turn_taken(tuning) as holder:
+        waiting = pool.submit(take_a_turn, shared)
+        assert not wait([waiting], timeout=0.3).done
         os.kill(holder.pid, signal.SIGKILL)
-        assert done.wait(5)
-        waiting.join()
+        waiting.result(10)
 
 
 def test_other_studies_have_their_own_turns(database):
@@ -255,21 +261,16 @@ def test_waiting_for_a_turn_holds_no_connection(postgres, database):
     disconnect(storage.create(tuning))
     crowd = [open_study(tuning, workers=1000) for _ in range(6)]
 
-    def take_a_turn(shared) -> None:
-        with shared.turn():
-            pass
-
-    waiting = [threading.Thread(target=take_a_turn, args=(shared,)) for shared in crowd]
     wait_until(lambda: postgres.clients("tripletkit crowd") == 0)
-    with turn_taken(tuning):
-        for thread in waiting:
-            thread.start()
-        counts = []
-        for _ in range(100):
-            counts.append(postgres.clients("tripletkit crowd"))
-            time.sleep(0.01)
-    for thread in waiting:
-        thread.join()
+    with ThreadPoolExecutor() as pool:
+        with turn_taken(tuning):
+            waiting = [pool.submit(take_a_turn, shared) for shared in crowd]
+            counts = []
+            for _ in range(100):
+                counts.append(postgres.clients("tripletkit crowd"))
+                time.sleep(0.01)
+        for turn in waiting:
+            turn.result(60)
     assert min(counts) == 1  # the one whose turn it is; the others only look in, now and then
     assert sum(counts) / len(counts) < 3
 
@@ -292,29 +293,27 @@ def test_workers_hold_one_connection_each_and_many_workers_none(postgres, databa
 # Outages
 
 
+@pytest.fixture(scope="module")
+def one_server():
+    with Server() as server:
+        yield server
+
+
 @pytest.fixture
-def server(start_postgres):
+def server(one_server):
     """A server that a test may stop."""
-    return start_postgres()
+    yield one_server
+    one_server.restart()
 
 
-def in_background(function) -> tuple[threading.Thread, list]:
-    """Runs it in a thread, which leaves its result, or what it raised, in the list."""
-    results = []
-
-    def call() -> None:
-        try:
-            results.append(function())
-        except Exception as error:
-            results.append(error)
-
-    thread = threading.Thread(target=call)
-    thread.start()
-    return thread, results
+@pytest.fixture
+def url(server) -> str:
+    """An empty database on it."""
+    return server.database()
 
 
-def test_a_trial_outlasts_a_restart_of_the_server_and_the_log_says_so_once(server, caplog):
-    shared = storage.create(on(server.url, pruner="median"))
+def test_a_trial_outlasts_a_restart_of_the_server_and_the_log_says_so_once(server, url, caplog):
+    shared = storage.create(on(url, pruner="median"))
     trial = shared.study.ask()
     trial.suggest_float("x", 0, 1)
     trial.report(0.1, 1)
@@ -325,31 +324,30 @@ def test_a_trial_outlasts_a_restart_of_the_server_and_the_log_says_so_once(serve
         trial.should_prune()
         shared.study.tell(trial, 0.3)
 
-    thread, results = in_background(go_on)
-    wait_until(lambda: away_and_back(caplog) == (1, 0))
-    server.start()
-    thread.join()
-    assert results == [None]
-    stored = open_study(on(server.url)).study.get_trials()[0]
+    with ThreadPoolExecutor() as pool:
+        going_on = pool.submit(go_on)
+        wait_until(lambda: away_and_back(caplog) == (1, 0))
+        server.start()
+        going_on.result(60)
+    stored = open_study(on(url)).study.get_trials()[0]
     assert (stored.state, stored.value) == (TrialState.COMPLETE, 0.3)
     assert stored.intermediate_values == {1: 0.1, 2: 0.2}
     assert away_and_back(caplog) == (1, 1)
     assert len(records(caplog, logging.WARNING)) == 1
 
 
-def test_a_worker_waits_for_a_server_that_is_not_up_yet(server):
-    storage.create(on(server.url))
+def test_a_worker_waits_for_a_server_that_is_not_up_yet(server, url, caplog):
+    storage.create(on(url))
     server.stop()
-    thread, results = in_background(lambda: open_it(0, on(server.url)))
-    time.sleep(0.3)
-    assert results == []
-    server.start()
-    thread.join()
-    assert results == ["tripletkit"]
+    with ThreadPoolExecutor() as pool:
+        opened = pool.submit(open_study, on(url))
+        wait_until(lambda: away_and_back(caplog) == (1, 0))
+        server.start()
+        assert opened.result(60).study.study_name == "tripletkit"
 
 
-def test_a_server_that_stays_away_is_given_up_at_last(server, monkeypatch):
-    shared = storage.create(on(server.url))
+def test_a_server_that_stays_away_is_given_up_at_last(server, url, monkeypatch):
+    shared = storage.create(on(url))
     server.stop(signal.SIGQUIT)
     monkeypatch.setattr(retry, "PATIENCE", 0.5)
     with pytest.raises(StorageError, match="has been away for") as caught:
@@ -359,60 +357,74 @@ def test_a_server_that_stays_away_is_given_up_at_last(server, monkeypatch):
     assert "\n" not in caught.value.message
 
 
-def test_whoever_looks_need_not_wait(server):
-    storage.create(on(server.url))
+def test_whoever_looks_need_not_wait(server, url):
+    storage.create(on(url))
     server.stop()
     began = time.monotonic()
     with pytest.raises(StorageError, match="away"):
-        open_study(on(server.url), patience=0.2)
+        open_study(on(url), patience=0.2)
     assert time.monotonic() - began < 5
 
 
-class Address(NamedTuple):
-    host: str
-    port: int
-    user: str
-    password: str
-    database: str
-
-
-def test_a_server_that_comes_back_elsewhere_is_found(start_postgres, tmp_path, monkeypatch, caplog):
-    server = start_postgres(password="geheim-4711")
-    folder = types.ModuleType("database")  # the folder's file says where the server is now
-    folder.connection = lambda path: Address(
-        "127.0.0.1", server.port, "tuner", server.password, "postgres"
+def announce(folder: Path, server: Server) -> None:
+    """Write down where the server of a folder is, as `tripletkit db up` does."""
+    address = tripletkit_database.Connection(
+        "127.0.0.1", server.port, "tuner", server.password or "", "postgres"
     )
-    monkeypatch.setattr(tripletkit.tune, "database", folder, raising=False)
-    monkeypatch.setitem(sys.modules, "tripletkit.tune.database", folder)
+    (folder / "connection.json").write_text(
+        json.dumps({**address._asdict(), "node": socket.gethostname()})
+    )
+
+
+def test_a_server_that_comes_back_elsewhere_is_found(start_postgres, tmp_path, caplog):
+    server = start_postgres(password="geheim-4711")
+    announce(tmp_path, server)
     tuning = Tuning(storage_path=tmp_path, sampler="random")
     shared = storage.create(tuning)
     assert shared.kind == "postgresql"
     trial = shared.study.ask()
-    server.move()
-    trial.report(0.5, 1)
+    server.stop()
+    (tmp_path / "connection.json").unlink()
+    with ThreadPoolExecutor() as pool:
+        report = pool.submit(trial.report, 0.5, 1)
+        wait_until(lambda: away_and_back(caplog) == (1, 0))
+        server.move()
+        announce(tmp_path, server)
+        report.result(60)
     with shared.turn():
         shared.study.tell(trial, 0.5)
     assert open_study(tuning).study.best_value == 0.5
+    assert away_and_back(caplog) == (1, 1)
     assert "geheim-4711" not in caplog.text
 
 
-def test_a_turn_does_not_outlast_its_server(server):
-    shared = storage.create(on(server.url))
-    with pytest.raises(TurnLost), shared.turn():
+def test_a_folder_whose_server_is_down_says_how_to_start_it(tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "LAUNCH_PATIENCE", 0.1)
+    with pytest.raises(StorageError, match="no PostgreSQL runs") as caught:
+        storage.create(Tuning(storage_path=tmp_path))
+    assert "tripletkit db up" in caught.value.hint
+
+
+def turn_over_a_restart(shared: storage.SharedStudy, server: Server, then) -> None:
+    with shared.turn():
         server.restart()
-        shared.study.ask()
-    with pytest.raises(TurnLost), shared.turn():
-        server.restart()
+        then()
+
+
+def test_a_turn_does_not_outlast_its_server(server, url):
+    shared = storage.create(on(url))
+    for then in (shared.study.ask, lambda: None):
+        with pytest.raises(TurnLost):
+            turn_over_a_restart(shared, server, then)
     with shared.turn():
         shared.study.ask()
     assert [t.number for t in shared.study.get_trials()] == [0]  # none outside a turn
 
 
-def test_what_goes_wrong_inside_a_turn_is_what_is_raised(server):
-    shared = storage.create(on(server.url))
-    with pytest.raises(ZeroDivisionError), shared.turn():
-        server.restart()
-        raise ZeroDivisionError
+def test_what_goes_wrong_inside_a_turn_is_what_is_raised(server, url):
+    shared = storage.create(on(url))
+    with pytest.raises(ZeroDivisionError):
+        turn_over_a_restart(shared, server, lambda: 1 / 0)
 
 
 class Wire:
@@ -523,7 +535,7 @@ def test_a_trial_given_back_is_not_taken_from_who_got_it(wire, database):
     trial = shared.study.ask()
     wire.break_at(
         "UPDATE trials SET state", "COMMIT", answer_lost=True,
-        then=lambda: open_study(on(database)).study.ask(),
+        then=open_study(on(database)).study.ask,
     )  # fmt: skip
     shared.study._storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)
     (stored,) = shared.study.get_trials()
@@ -644,12 +656,12 @@ MOUNTS = """\
 def test_the_file_system_of_a_path(tmp_path, path, kind):
     mounts = tmp_path / "mountinfo"
     mounts.write_text(MOUNTS.format(home="nfs4"))
-    assert storage.filesystem(type(tmp_path)(path), mounts) == kind
+    assert storage.filesystem(Path(path), mounts) == kind
 
 
 def test_this_machine_has_a_list_of_file_systems(tmp_path):
     assert storage.filesystem(tmp_path / "not" / "there") != ""
-    assert storage.filesystem(type(tmp_path)("/proc/self")) == "proc"
+    assert storage.filesystem(Path("/proc/self")) == "proc"
 
 
 @pytest.mark.parametrize("kind", ["nfs", "nfs4", "lustre", "gpfs", "beegfs", "fuse.sshfs", "cifs"])
@@ -787,6 +799,9 @@ def test_the_servers_sessions_end_when_their_client_is_frozen(database):
         cursor.execute("SHOW tcp_keepalives_idle")
         assert cursor.fetchone() == ("30",)
         assert connection.info.dsn_parameters["connect_timeout"] == "10"
-    with contextlib.closing(psycopg2.connect(database)) as connection, connection.cursor() as cursor:
+    with (
+        contextlib.closing(psycopg2.connect(database)) as connection,
+        connection.cursor() as cursor,
+    ):
         cursor.execute("SHOW tcp_keepalives_idle")
         assert cursor.fetchone() != ("30",)

@@ -25,12 +25,12 @@ class Ending(NamedTuple):
     message: str | None = None
 
 
-def prepare_process(*, verbose: bool = False) -> None:
+def prepare_process(*, verbose: bool = False, plain: bool = False) -> None:
     """What every process of ours does first, before torch is loaded."""
     # Torch's threads spin while they wait for each other, by default so long that another program
     # on one of the cores slows training by an order of magnitude. A short spin costs little.
     os.environ.setdefault("GOMP_SPINCOUNT", "3000")
-    log.setup(verbose=verbose)
+    log.setup(verbose=verbose, plain=plain)
 
 
 def run(command: Callable[[], int | None]) -> Ending:

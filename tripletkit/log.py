@@ -18,10 +18,17 @@ out = Console(highlight=False, markup=False)
 err = Console(stderr=True, highlight=False)
 
 
-def setup(*, verbose: bool = False) -> None:
-    """Send log records to stderr. Safe to call again."""
+def setup(*, verbose: bool = False, plain: bool = False) -> None:
+    """Send log records to stderr. Safe to call again.
+
+    `plain` output has no colours and bars whatever it goes to: srun gives jobs a terminal of its
+    own, and writes what arrives there into files.
+    """
     from rich.logging import RichHandler
 
+    if plain:
+        out.no_color = err.no_color = True
+        out._force_terminal = err._force_terminal = False
     for old in logger.handlers[:]:
         logger.removeHandler(old)
         old.close()

@@ -178,7 +178,7 @@ def evaluate(config: Config, *, split: str, checkpoint: Path | str | None, as_js
     results = {"raw": evaluation.raw(), "head": evaluation.of(head.to(device))}
     if as_json:
         report = {"split": split, "checkpoint": str(checkpoint), "epoch": epoch}
-        log.out.print_json(json.dumps({**report, **results}))
+        log.out.print(json.dumps({**report, **results}, indent=2), soft_wrap=True)
     else:
         _print_metrics(f"{split}, {checkpoint}", results)
     return DONE

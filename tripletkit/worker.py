@@ -51,7 +51,7 @@ class Call:
 
 def run(stage: str, config_file: Path, options: Mapping[str, Any], *, requeue: bool = False) -> int:
     """Run a stage as this job; returns the exit code. `requeue` asks Slurm itself on 85."""
-    boundary.prepare_process()
+    boundary.prepare_process(plain=True)
     with preempt.watch() as stop:
         # The file is the whole truth of a job: the environment has had its say in it.
         ending = boundary.run(

@@ -165,7 +165,7 @@ ADVICE: tuple[tuple[str, Callable[[Slurm], str]], ...] = (
     (r"Unable to contact", lambda _: queue.SILENCE),
     (r"MaxSubmitJob", _about_submit_limit),
     (r"job array", lambda _: "`scontrol show config` shows MaxArraySize: ask for fewer workers"),
-    (r"time limit|--time|WallDuration", _about_time),
+    (r"limit is invalid|--time|WallDuration", _about_time),
     (r"invalid account", _about_account),
     (r"partition", _about_partition),
     (r"invalid qos", lambda slurm: _asked(slurm, "qos")),

@@ -86,9 +86,11 @@ def _wandb(section: Logging, paths: RunPaths, config: Mapping[str, Any]) -> Iter
             "logging.wandb_enabled is on but wandb is not installed",
             hint="pip install 'tripletkit[wandb]'",
         ) from None
+    entity, _, project = section.wandb_project.rpartition("/")
     try:
         run = wandb.init(
-            project=section.wandb_project,
+            entity=entity or None,
+            project=project,
             name=section.wandb_run_name,
             mode=section.wandb_mode,
             dir=str(paths.root),

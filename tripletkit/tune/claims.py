@@ -19,8 +19,11 @@ from tripletkit.cluster.jobs import JobState
 from tripletkit.log import logger
 from tripletkit.tune.storage import SharedStudy, TurnLost
 
+# User attributes of a trial.
 OWNER = "tripletkit:owner"
 CAUSE = "tripletkit:cause"
+# User attributes of the study.
+OBJECTIVE = "tripletkit:objective"
 
 # What the scheduler says of a job: "pending" jobs were requeued and come back, "gone" ones never.
 JobStates = Callable[[Iterable[str]], Mapping[str, JobState]]

@@ -15,6 +15,7 @@ import psycopg2
 from sqlalchemy.pool import NullPool
 
 from tripletkit.config import Tuning
+from tripletkit.log import logger
 from tripletkit.tune.retry import Retry, TurnLost
 
 POOLED_WORKERS = 90  # more of them hold no connection between calls: a server's default is 100
@@ -62,10 +63,14 @@ class Server:
         server frees it (_SESSION) when its holder is frozen.
         """
         key = int.from_bytes(hashlib.sha256(what.encode()).digest()[:8], "big", signed=True)
-        began = time.monotonic()
+        began, said = time.monotonic(), False
         while (connection := self._retry(lambda: self._try_lock(key))) is None:
+            waited = time.monotonic() - began
+            if waited > 30 and not said:
+                logger.info("another process holds the lock %r of the study: waiting for it", what)
+                said = True
             # In proportion to the wait: few waiters lose little, many do not storm the server.
-            pause = min(TURN_PAUSE, max(0.02, (time.monotonic() - began) / 3))
+            pause = min(TURN_PAUSE, max(0.02, waited / 3))
             time.sleep(pause * random.uniform(0.5, 1))  # noqa: S311 - no secret
         with closing(connection):
             self._turn = connection
@@ -86,7 +91,7 @@ class Server:
             return connection
 
     def _connect_in_turn(self) -> Any:
-        """A connection for the engine. That it needs one within a turn means that one broke."""
+        """A connection for the engine. When it needs one within a turn, perhaps because one broke."""
         if self._turn is not None:
             self._check_turn()
         return self._connect()
@@ -119,6 +124,8 @@ class Server:
                 "user": found.user,
                 "password": found.password,
                 "dbname": found.database,
+                "sslmode": "disable",  # what the environment says is about other servers
+                "gssencmode": "disable",
             }
         url = urlunsplit(urlsplit(self._url)._replace(scheme="postgresql"))
         return dict(psycopg2.extensions.parse_dsn(url))

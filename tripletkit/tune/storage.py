@@ -31,7 +31,7 @@ from tripletkit.tune import journal
 from tripletkit.tune.postgresql import Server
 from tripletkit.tune.retry import Retry, RetryingStorage, TurnLost, redacted
 
-__all__ = ["Kind", "SharedStudy", "TurnLost", "create", "direction", "filesystem", "kind_of",
+__all__ = ["WAYS_OUT", "Kind", "SharedStudy", "TurnLost", "create", "direction", "filesystem", "kind_of",
            "location", "open_study"]  # fmt: skip
 
 Kind = Literal["sqlite", "journal", "postgresql"]
@@ -104,6 +104,8 @@ def open_study(
         hint="`tripletkit tune` creates it; see also --study-name and --storage-path",
     )
     if backend.kind != "postgresql" and not tuning.storage_path.exists():
+        if backend.kind == "sqlite":
+            absent.hint = f"{absent.hint}. If it is there on another node: {WAYS_OUT}"
         raise absent
     storage = RetryingStorage(retry(lambda: get_storage(backend.open(False))), retry)
     try:

@@ -14,11 +14,11 @@ from tripletkit.errors import ConfigError, StorageError
 from tripletkit.log import logger
 from tripletkit.paths import StudyPaths
 from tripletkit.tune import storage
+from tripletkit.tune.claims import OBJECTIVE
 from tripletkit.tune.storage import SharedStudy
 
 ID = "tripletkit:id"
 TOTAL = "tripletkit:n_trials"
-OBJECTIVE = "tripletkit:objective"
 CHOICES = "tripletkit:choices"
 
 

@@ -277,7 +277,7 @@ def end_leftovers(data: Path, tick: Tick) -> None:
     """
     deadline = time.monotonic() + STOP_SECONDS
     told: set[int] = set()
-    while left := _servers_in(data):
+    while left := servers_in(data):
         for process in left - told:
             logger.info("ending process %d, left over from a server that was killed", process)
             with contextlib.suppress(ProcessLookupError):
@@ -292,7 +292,7 @@ def end_leftovers(data: Path, tick: Tick) -> None:
     (data / "postmaster.pid").unlink(missing_ok=True)
 
 
-def _servers_in(data: Path) -> set[int]:
+def servers_in(data: Path) -> set[int]:
     """The server and its children: they work in their data folder, proc_pid_cwd(5)."""
     found, data = set(), data.resolve()
     for process in Path("/proc").glob("[0-9]*"):
