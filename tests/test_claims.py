@@ -61,8 +61,23 @@ def test_at_the_total_there_is_nothing_left(study):
     for job in "123":
         assert claims.claim(study, worker(job), 3, all_are("running"))
     assert claims.claim(study, worker("4"), 3, all_are("running")) is None
-    assert not claims.is_open(study, 3)
-    assert claims.is_open(study, 4)
+    assert claims.open_trials(study, 3) == 0
+    assert claims.open_trials(study, 5) == 2
+
+
+def test_without_locks_a_trial_too_many_is_given_up(study, monkeypatch):
+    """Two workers see two trials of three and both ask for the third."""
+    for job in "12":
+        claims.claim(study, worker(job), 3, all_are("running"))
+    ask = study.study.ask
+
+    def ask_as_second():
+        ask()  # the other one was faster
+        return ask()
+
+    monkeypatch.setattr(study.study, "ask", ask_as_second)
+    assert claims.claim(study, worker("3"), 3, all_are("running")) is None
+    assert states(study) == ["RUNNING", "RUNNING", "RUNNING", "FAIL"]
 
 
 def claim_and_complete(tuning: Tuning, job: str, total: int, numbers) -> None:

@@ -112,7 +112,7 @@ def uninterrupted(config: Config, number: int, params: dict, folder: Path) -> by
 
 def test_a_worker_runs_the_whole_study(config):
     shared = prepare(config)
-    assert work(config) == Summary(ended=["complete", "complete"], open=False)
+    assert work(config) == Summary(ended=["complete", "complete"], progress=True, open=False)
     for trial in trials_of(shared):
         records = metrics_of(config, trial.number)
         assert trial.state.name == "COMPLETE"
@@ -133,7 +133,7 @@ def test_a_worker_runs_the_whole_study(config):
 def test_a_full_study_gets_no_more_trials(config):
     shared = prepare(config)
     work(config)
-    assert work(config) == Summary()
+    assert work(config) == Summary()  # neither progress nor anything open
     assert len(trials_of(shared)) == 2
 
 
@@ -160,7 +160,7 @@ def stop_after(steps: int):
 def test_stopped_midway_a_trial_waits_and_another_worker_goes_on(config, tmp_path):
     shared = prepare(config)
     summary = work(config, me("1"), should_stop=stop_after(30))
-    assert summary == Summary(ended=["stopped"], open=True)
+    assert summary == Summary(ended=["stopped"], progress=True, open=True)
     (trial,) = trials_of(shared)
     assert trial.state.name == "WAITING"
     params, reports = trial.params, trial.intermediate_values
@@ -177,6 +177,13 @@ def test_stopped_midway_a_trial_waits_and_another_worker_goes_on(config, tmp_pat
     assert (first["outcome"], first["job"]) == ("stopped", "1")
     assert (second["outcome"], second["job"]) == ("complete", "2")
     assert second["from_epoch"] == max(reports)
+
+
+def test_stopped_before_the_first_step_is_no_progress(config):
+    prepare(config)
+    assert work(config, should_stop=stop_after(1)) == Summary(
+        ended=["stopped"], progress=False, open=True
+    )
 
 
 def work_and_die(config: Config, reports: int) -> None:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from tripletkit.data.store import Store
     from tripletkit.train.head import Head
     from tripletkit.train.loop import Data, TrainResult
+    from tripletkit.tune.storage import SharedStudy
 
 SPLITS = ("train", "val", "test")
 
@@ -89,24 +90,33 @@ def tune(config: Config, should_stop: Callable[[], bool]) -> int:
         raise Interrupted(
             f"study {config.tuning.study_name} has trials left",
             hint="the same command goes on with them",
-            progress=bool(summary.ended),
+            progress=summary.progress,
         )
     return DONE
 
 
 def tidy(config: Config, _should_stop: Callable[[], bool]) -> int:
     """After the last worker: trials whose worker died wait for the next, none stays RUNNING."""
+    from tripletkit.tune import storage
+
+    shared = storage.open_study(config.tuning, seed=0, workers=1)
+    if left := hand_back_lost(config, shared):
+        log.out.print(
+            f"{left} trials are left: `tripletkit tune` with the same flags goes on with them"
+        )
+    return DONE
+
+
+def hand_back_lost(config: Config, shared: SharedStudy) -> int:
+    """Trials of workers that are gone wait for the next one; returns how many are to be done."""
     from tripletkit.cluster import jobs
-    from tripletkit.tune import claims, storage
+    from tripletkit.tune import claims
 
     logs = LogPaths(config.global_.log_dir)
-    shared = storage.open_study(config.tuning, seed=0, workers=1)
     lost = claims.lost(shared, lambda ids: jobs.states(logs, ids))
     for number in claims.hand_back(shared, lost):
-        log.out.print(f"trial {number}: its worker is gone; it waits for the next one")
-    if claims.is_open(shared, config.tuning.total):
-        log.out.print("trials are left: `tripletkit tune` with the same flags goes on with them")
-    return DONE
+        logger.warning("trial %d: its worker is gone; it waits for the next one", number)
+    return claims.open_trials(shared, config.tuning.total)
 
 
 def serve_database(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -12,7 +13,7 @@ from tripletkit import fsio, log, stages, worker
 from tripletkit.cluster import launch, preempt, preflight, queue
 from tripletkit.cluster.launch import Job, Submission
 from tripletkit.config import Config
-from tripletkit.errors import DONE, ConfigError
+from tripletkit.errors import DONE, ClusterError, ConfigError
 from tripletkit.log import logger
 from tripletkit.paths import LogPaths, run_paths
 
@@ -56,14 +57,18 @@ def tune(config: Config, cluster: Cluster | None, *, prepare: bool, dry_run: boo
     if dry_run:
         log.out.print(launch.script(job), soft_wrap=True)
         return DONE
-    trials = len(study.prepare(config, paths).study.get_trials(deepcopy=False))
+    left = stages.hand_back_lost(config, study.prepare(config, paths))
     if prepare:
         log.out.print(str(paths.config), soft_wrap=True)
         return DONE
     log.out.print(
-        f"study {tuning.study_name}: {trials} of {tuning.total} trials exist; {paths.root}",
+        f"study {tuning.study_name}: {left} of {tuning.total} trials to be done; {paths.root}",
         soft_wrap=True,
     )
+    if left == 0:
+        log.out.print("for more of them raise --n-trials, the total of the study")
+        return DONE
+    job = replace(job, count=min(tuning.workers, left))
     if cluster == "here":
         return _here("tune", configuration.load(paths.config, environ={}), {})
     sent = _submit(job, paths.config, {}, cluster)
@@ -71,7 +76,12 @@ def tune(config: Config, cluster: Cluster | None, *, prepare: bool, dry_run: boo
         arrays = sorted({each.partition("_")[0] for each in sent.jobs})
         slurm = config.slurm.model_copy(update=TIDY)
         tidy = _job("tidy", config, slurm=slurm, dependency="afterany:" + ":".join(arrays))
-        _submit(tidy, paths.config, {}, cluster)
+        try:
+            _submit(tidy, paths.config, {}, cluster)
+        except ClusterError as error:  # the workers are queued already, and can do without
+            logger.warning(
+                "no tidy job, `tripletkit doctor --fix` does the same: %s", error.message
+            )
     log.out.print("`tripletkit status` shows the trials, `tripletkit wait` waits for them")
     return DONE
 

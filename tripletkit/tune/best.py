@@ -23,7 +23,6 @@ from tripletkit.errors import ConfigError, StorageError
 from tripletkit.log import logger
 from tripletkit.tune.claims import CAUSE, OBJECTIVE
 
-
 # What shapes the head that comes out, as opposed to how long, where and how verbosely it trains.
 LEARNED = (
     *(key for key in TrainingModel.model_fields if key != "input_dim"),

@@ -106,15 +106,20 @@ def _choose(
             if (was := rivals.get(t.number)) and was == owner(t) and states.get(was["job"]) == state
         ]
 
-    mine = [t for t in running if (found := owner(t)) and found["job"] == worker.job]
+    mine = [t for t in running if (mark := owner(t)) and mark["job"] == worker.job]
     # Owners are written before the turn ends: without one, the creator died in between.
     nobodys = [t for t in running if owner(t) is None]
-    for trial in (*mine, *nobodys, *left_by("gone")):
-        return _take(shared, worker, optuna.Trial(shared.study, trial._trial_id))
+    for found in (*mine, *nobodys, *left_by("gone")):
+        return _take(shared, worker, optuna.Trial(shared.study, found._trial_id))
     if len(trials) < total or any(t.state == TrialState.WAITING for t in trials):
-        return _take(shared, worker, shared.study.ask())
-    for trial in left_by("pending"):
-        return _take(shared, worker, optuna.Trial(shared.study, trial._trial_id))
+        trial = shared.study.ask()
+        if trial.number >= total and OWNER not in trial.user_attrs:
+            # Two at once in their turn, on a file system without locks: one too many.
+            shared.study.tell(trial, state=TrialState.FAIL)
+            return None
+        return _take(shared, worker, trial)
+    for found in left_by("pending"):
+        return _take(shared, worker, optuna.Trial(shared.study, found._trial_id))
     return None
 
 
@@ -139,10 +144,11 @@ def _rivals(shared: SharedStudy, worker: Worker) -> dict[int, dict[str, Any]]:
     }
 
 
-def is_open(shared: SharedStudy, total: int) -> bool:
-    """Whether there are trials that nobody has taken yet."""
+def open_trials(shared: SharedStudy, total: int) -> int:
+    """How many trials nobody has taken yet."""
     trials = shared.study.get_trials(deepcopy=False)
-    return len(trials) < total or any(t.state == TrialState.WAITING for t in trials)
+    waiting = sum(t.state == TrialState.WAITING for t in trials)
+    return waiting + max(0, total - len(trials))
 
 
 def lost(shared: SharedStudy, job_states: JobStates) -> list[FrozenTrial]:

@@ -49,10 +49,10 @@ class Surroundings:
 
 
 class Ended(NamedTuple):
-    """How a trial ended here. `failed` counts towards giving up."""
+    """How a trial ended here. Stopped before its first step, it made no progress."""
 
     outcome: Literal["complete", "pruned", "stopped", "failed", "taken over"]
-    failed: bool = False
+    progress: bool = True
 
 
 @dataclass
@@ -60,6 +60,7 @@ class Summary:
     """What a worker did; `open` says whether there is work left that it could do."""
 
     ended: list[str] = field(default_factory=list)
+    progress: bool = False
     open: bool = False
 
 
@@ -86,15 +87,16 @@ def run(
             return summary
         trial = _Trial(claim, config, paths.trial(claim.trial.number))
         ended = trial.run(surroundings.load_data, should_stop)
-        needed = max(needed if summary.ended else 0.0, trial.first_epoch_seconds or needed)
+        needed = trial.first_epoch_seconds or needed
         summary.ended.append(ended.outcome)
-        failures = failures + 1 if ended.failed else 0
+        summary.progress |= ended.progress
+        failures = failures + 1 if ended.outcome == "failed" else 0
         if failures == FAILURES_IN_A_ROW:
             raise RunError(
                 f"{failures} trials in a row failed",
                 hint=f"see {trial.paths.log} and `tripletkit why {claim.trial.number}`",
             )
-    summary.open = claims.is_open(shared, config.tuning.total)
+    summary.open = claims.open_trials(shared, config.tuning.total) > 0
     return summary
 
 
@@ -120,7 +122,7 @@ class _Trial:
         self.config = config
         self.objective = config.tuning.objective
         self.paths = paths
-        self.began = time.monotonic()
+        self.began = 0.0
         self.first_epoch_seconds: float | None = None
         self.asked_at = -float("inf")
         self.asking_took = 0.0
@@ -157,12 +159,12 @@ class _Trial:
         params = space.suggest(self.trial, self.config.tuning.space)
         logger.info("trial %d: %s", self.trial.number, json.dumps(params))
         config = space.trial_config(self.config, params, self.paths)
-        result = loop.train(
-            config, load_data(config), self.paths, report=self._report, should_stop=should_stop
-        )
+        data = load_data(config)
+        self.began = time.monotonic()
+        result = loop.train(config, data, self.paths, report=self._report, should_stop=should_stop)
         if result.status == "stopped":
             self._give_back("asked to stop")
-            return Ended("stopped")
+            return Ended("stopped", progress=result.steps > 0)
         return self._finish("complete", value=result.best_metrics[self.objective])
 
     def _wait_for_folder(self, should_stop: Callable[[], bool]) -> None:
@@ -226,7 +228,7 @@ class _Trial:
         self.claim.fail(kind, message)
         if self.paths.attempts.exists():
             attempts.end(self.paths.attempts, "failed", cause=kind, message=message)
-        return Ended("failed", failed=True)
+        return Ended("failed")
 
     def _taken_over(self) -> Ended:
         logger.warning("trial %d was taken over by another worker", self.trial.number)
