@@ -1,7 +1,6 @@
 """Jobs that are really started: on a Slurm cluster, and in the background of this host."""
 
 import contextlib
-import itertools
 import json
 import logging
 import os
@@ -139,6 +138,16 @@ def test_the_log_says_why_python_did_not_start(slurm, tmp_path):
     assert "srun: command not found" in out.with_suffix(".err").read_text()
 
 
+def test_the_log_has_the_last_words_of_a_cancelled_job_and_those_of_slurm(slurm, tmp_path):
+    submitted = launch.submit(job(tmp_path), Report(tmp_path, waits=True), cluster="slurm")
+    told(tmp_path, "begun")
+    queue.cancel(submitted.jobs)
+    slurm.wait_state(submitted.jobs[0], {"CANCELLED"})
+    text = submitted.out[0].read_text() + submitted.out[0].with_suffix(".err").read_text()
+    assert "Bypassing signal SIGTERM" in text, "submitit's handler, which ours replaces"
+    assert f"STEP {submitted.jobs[0]}.0 ON" in text
+
+
 def test_both_starts_of_a_requeued_job_are_in_one_log(slurm, tmp_path):
     submitted = launch.submit(job(tmp_path), Report(tmp_path, waits=True), cluster="slurm")
     told(tmp_path, "begun")
@@ -155,6 +164,7 @@ def test_what_a_job_asks_for(slurm, tmp_path):
         mail="user@example.org",
     )  # fmt: skip
     submitted = launch.submit(asked, Report(tmp_path), cluster="slurm")
+    assert "#SBATCH --requeue" in launch.script(asked), "whatever the cluster's default is"
     facts = queue.job_facts(submitted.jobs[0])
     expected = {
         "JobName": "tune:test", "Account": ACCOUNT, "Partition": "low", "QOS": "normal",
@@ -482,6 +492,7 @@ def test_a_job_that_would_wait_for_ever_is_refused(slurm, tmp_path):
             preflight.check(job(tmp_path, **wrong))
         assert "--time" in caught.value.hint
     preflight.check(job(tmp_path, time="1-0"))
+    preflight.check(job(tmp_path, time="2-0", qos="normal"))  # may allow more than the partition
 
 
 def test_folders_that_cannot_be_written_to_are_named(slurm, tmp_path):
@@ -645,9 +656,7 @@ def test_a_background_job_within_a_slurm_job_is_none_itself(tmp_path, monkeypatc
 
 def test_an_old_call_is_never_run_for_a_process_of_the_same_number(tmp_path):
     """Process ids come again: every start has a folder of its own for its files."""
-    folders = set()
-    for _ in itertools.repeat(None, 2):
+    for _ in range(2):
         with background(job(tmp_path), tmp_path):
             told(tmp_path, "begun")
-        folders = {path.parent for path in tmp_path.rglob("*_submitted.pkl")}
-    assert len(folders) == 2
+    assert len({path.parent for path in tmp_path.rglob("*_submitted.pkl")}) == 2

@@ -138,8 +138,8 @@ def test_a_requeued_job_has_every_run_oldest_first(slurm):
 
 
 def test_elements_that_never_ran_are_in_the_accounting_one_by_one(slurm):
-    tasks = [*range(0, 40, 3), 40]
-    job = submit(slurm, "true", "--hold", "--array=0-39:3,40%2")
+    tasks = [task for task in range(41) if task % 3]  # too many pieces for Slurm to show all
+    job = submit(slurm, "true", "--hold", f"--array={','.join(map(str, tasks))}%2")
     wait(lambda: queue.past([job]), lambda: "no rows", 20)
     rows = queue.past([job])
     assert [row.id for row in rows] == [f"{job}_{task}" for task in tasks]

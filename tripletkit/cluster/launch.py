@@ -192,7 +192,7 @@ def _arrays(job: Job) -> list[tuple[int, int]]:
     if at_once < number:
         logger.warning("%d arrays run at least one element each, not %d", number, at_once)
     sizes, throttles = _shares(job.count, number), _shares(max(at_once, number), number)
-    return [(size, min(size, most)) for size, most in zip(sizes, throttles, strict=True)]
+    return list(zip(sizes, throttles, strict=True))
 
 
 def _shares(total: int, parts: int) -> list[int]:
