@@ -405,7 +405,9 @@ class Config(Section):
                     getattr(self, section).model_validate(values)
                 except ValidationError as error:
                     why = error.errors(include_url=False)[0]["msg"]
-                    raise ValueError(f"tuning.space.{key}: {value!r} cannot be used: {why}") from None
+                    raise ValueError(
+                        f"tuning.space.{key}: {value!r} cannot be used: {why}"
+                    ) from None
         return self
 
     @property
