@@ -24,6 +24,7 @@ from optuna.trial import TrialState
 from tests.postgres import Server
 from tripletkit.config import Tuning
 from tripletkit.errors import ConfigError, StorageError
+from tripletkit.log import logger
 from tripletkit.tune import database as tripletkit_database
 from tripletkit.tune import journal, retry, storage
 from tripletkit.tune.retry import Retry
@@ -78,12 +79,28 @@ def open_study(
 
 
 def member(barrier, results, function, index: int, arguments: tuple) -> None:
+    said = Said()
+    logger.addHandler(said)
     barrier.wait()
-    results.put((index, function(index, *arguments)))
+    results.put((index, function(index, *arguments), said.warnings))
 
 
-def together(count: int, function, *arguments) -> list:
-    """What `count` processes return that call `function(index, *arguments)` at once."""
+class Said(logging.Handler):
+    """Collects warnings and worse."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.warnings: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.warnings.append(record.getMessage())
+
+
+def together(count: int, function, *arguments, quiet: bool = True) -> list:
+    """What `count` processes return that call `function(index, *arguments)` at once.
+
+    Without a warning in their logs, if they are to be `quiet`.
+    """
     barrier, results = fork.Barrier(count), fork.SimpleQueue()
     processes = [
         fork.Process(target=member, args=(barrier, results, function, index, arguments))
@@ -94,7 +111,10 @@ def together(count: int, function, *arguments) -> list:
     for process in processes:
         process.join()
     assert [process.exitcode for process in processes] == [0] * count
-    return [result for _, result in sorted(results.get() for _ in range(count))]
+    ended = sorted(results.get() for _ in range(count))
+    if quiet:
+        assert [warning for *_, warnings in ended for warning in warnings] == []
+    return [result for _, result, _ in ended]
 
 
 def wait_until(condition, seconds: float = 30) -> None:
@@ -148,7 +168,7 @@ def make_tables(index: int, tuning: Tuning) -> None:
 
 def test_launchers_survive_each_other_where_locks_do_not_hold(database, tmp_path):
     for tuning in (on(database), Tuning(storage_path=tmp_path / "study.db")):
-        together(8, make_tables, tuning)
+        together(8, make_tables, tuning, quiet=False)
         assert storage.create(tuning).study.get_trials() == []
 
 
@@ -327,6 +347,7 @@ def test_a_trial_outlasts_a_restart_of_the_server_and_the_log_says_so_once(serve
     with ThreadPoolExecutor() as pool:
         going_on = pool.submit(go_on)
         wait_until(lambda: away_and_back(caplog) == (1, 0))
+        time.sleep(1.5)  # for several tries
         server.start()
         going_on.result(60)
     stored = open_study(on(url)).study.get_trials()[0]
@@ -334,6 +355,15 @@ def test_a_trial_outlasts_a_restart_of_the_server_and_the_log_says_so_once(serve
     assert stored.intermediate_values == {1: 0.1, 2: 0.2}
     assert away_and_back(caplog) == (1, 1)
     assert len(records(caplog, logging.WARNING)) == 1
+
+
+def test_a_restart_between_two_calls_goes_unnoticed(server, url, caplog):
+    shared = storage.create(on(url))
+    trial = shared.study.ask()
+    server.restart()
+    trial.report(0.5, 1)
+    shared.study.tell(trial, 0.5)
+    assert records(caplog, logging.WARNING) == []
 
 
 def test_a_worker_waits_for_a_server_that_is_not_up_yet(server, url, caplog):
@@ -597,7 +627,7 @@ def test_a_torn_line_is_mended_and_no_trial_is_lost(tmp_path, caplog):
     early = storage.create(tuning).study
     for value in (1.0, 2.0):
         early.tell(early.ask(), value)
-    together(1, write_torn, tuning)
+    together(1, write_torn, tuning, quiet=False)
     assert not tuning.storage_path.read_bytes().endswith(b"\n")
     late = open_study(tuning).study  # reading does not mind
     assert [t.value for t in late.get_trials()] == [1.0, 2.0]
@@ -610,6 +640,19 @@ def test_a_torn_line_is_mended_and_no_trial_is_lost(tmp_path, caplog):
         json.loads(line)
     for study in (early, late, open_study(tuning).study):
         assert [t.value for t in study.get_trials()] == [1.0, 2.0, 3.0, 4.0]
+
+
+def test_a_writer_waits_for_the_journals_lock(tmp_path):
+    tuning = Tuning(storage_path=tmp_path / "study.journal", sampler="random")
+    study = storage.create(tuning).study
+    other = journal.backend(tuning.storage_path)._lock
+    other.acquire()
+    with ThreadPoolExecutor() as pool:
+        asking = pool.submit(study.ask)
+        assert not wait([asking], timeout=0.3).done
+        assert open_study(tuning).study.get_trials() == []
+        other.release()
+        assert asking.result(60).number == 0
 
 
 @pytest.mark.parametrize("torn", [b"", b"x", b"\0" * 10_000])
@@ -690,10 +733,20 @@ def test_sqlite_is_refused_on_another_host(tmp_path):
 # What is in the study
 
 
+def tables(url: str) -> list[tuple]:
+    with contextlib.closing(psycopg2.connect(url)) as connection, connection.cursor() as cursor:
+        cursor.execute("SELECT tablename FROM pg_tables WHERE schemaname = 'public'")
+        return cursor.fetchall()
+
+
 def test_a_study_that_is_not_there_is_not_made(tuning):
     with pytest.raises(StorageError) as caught:
         open_study(tuning)
     assert "tripletkit tune" in caught.value.hint
+    if tuning.storage_url is None:
+        assert list(tuning.storage_path.parent.iterdir()) == []
+    else:
+        assert tables(tuning.storage_url) == []
     storage.create(tuning)
     other = tuning.model_copy(update={"study_name": "other"})
     with pytest.raises(StorageError, match="no study 'other'") as caught:
@@ -766,6 +819,7 @@ def test_the_password_is_in_no_message(start_postgres, tmp_path, monkeypatch, ca
     secrets.write_text(f"*:*:*:*:{password}")
     assert "database" in fails(on(server.url_of("nowhere")))
     shared = storage.create(on(server.url))
+    assert away_and_back(caplog) == (0, 0)  # nobody waited for what waiting does not mend
     server.stop()
     monkeypatch.setattr(storage, "LAUNCH_PATIENCE", 0.2)
     fails(on(server.url))
