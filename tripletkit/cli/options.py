@@ -60,6 +60,25 @@ def load(path: Path | None, overrides: Sequence[str] | None) -> Config:
     return config.load(path, overrides or ())
 
 
+def load_study(path: Path | None, overrides: Sequence[str] | None) -> Config:
+    """The same, with the study's own [tuning] where its workers have one: no need to repeat flags.
+
+    What is set on the command line still counts.
+    """
+    from tripletkit import config, stages
+
+    loaded = load(path, overrides)
+    own = stages.study_paths(loaded).config
+    if not own.exists():
+        return loaded
+    tuning = config.load(own, environ={}).tuning.model_dump()
+    flags = {text.partition("=")[0] for text in overrides or ()}
+    tuning = {key: value for key, value in tuning.items() if f"tuning.{key}" not in flags}
+    if "tuning.storage_path" in flags:  # asks for that file, not for the address of before
+        tuning.pop("storage_url", None)
+    return config.with_values(loaded, tuning=tuning)
+
+
 def help_if_alone(context: typer.Context) -> None:
     """Print the help of a group that was called without a command."""
     if context.invoked_subcommand is None:

@@ -1,10 +1,61 @@
-"""To be written by its owner; replace this file."""
+"""`tripletkit study ...`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+
+from tripletkit.cli.options import AsJson, ConfigFile, Overrides, flags, help_if_alone, load_study
+
+if TYPE_CHECKING:
+    from tripletkit.monitor.inventory import Inventory
+
+STUDY_FLAG = {"study_name": "The study; default: the one of the configuration."}
+PATIENCE = 10.0  # seconds to wait for the storage
 
 app = typer.Typer()
 
 
+@app.callback(invoke_without_command=True)
+def study(context: typer.Context) -> None:
+    """What a study found: its facts, its best trial, all its trials as a table."""
+    help_if_alone(context)
+
+
 @app.command("show")
-def show() -> None:
-    """Nothing yet."""
+@flags("tuning", STUDY_FLAG)
+def show(config: ConfigFile = None, overrides: Overrides = None) -> None:
+    """Show what the study is about, its best trials, and which parameters matter."""
+    from tripletkit.monitor import study as studies
+
+    studies.show(_inventory(config, overrides))
+
+
+@app.command("best")
+@flags("tuning", STUDY_FLAG)
+def best(config: ConfigFile = None, overrides: Overrides = None, as_json: AsJson = False) -> None:
+    """Print the best trial, its parameters as lines for config.toml."""
+    from tripletkit.monitor import study as studies
+
+    studies.best(_inventory(config, overrides), as_json=as_json)
+
+
+@app.command("export")
+@flags("tuning", STUDY_FLAG)
+def export(
+    file: Annotated[Path, typer.Argument(help="A .csv, .json or .parquet file.")],
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+) -> None:
+    """Write every trial of the study to a file, a row per trial."""
+    from tripletkit.monitor import study as studies
+
+    studies.export(_inventory(config, overrides), file)
+
+
+def _inventory(config: ConfigFile, overrides: Overrides) -> Inventory:
+    from tripletkit.monitor.inventory import Inventory
+
+    return Inventory(load_study(config, overrides), PATIENCE)

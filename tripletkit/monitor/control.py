@@ -1,0 +1,254 @@
+"""`tripletkit cancel` and `tripletkit wait`."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections import Counter
+from collections.abc import Collection, Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from tripletkit import config as configuration
+from tripletkit import log
+from tripletkit.cluster import jobs as records
+from tripletkit.cluster import queue
+from tripletkit.cluster.jobs import LOCAL
+from tripletkit.errors import ClusterError, ConfigError, RunError, StorageError
+from tripletkit.log import logger
+from tripletkit.monitor.inventory import GONE, UNKNOWN, Inventory, Job, is_on_this_host, spans
+from tripletkit.monitor.status import study_of
+from tripletkit.monitor.tables import summary
+from tripletkit.monitor.targets import Target
+
+if TYPE_CHECKING:
+    from optuna.trial import FrozenTrial
+
+LEAVING = 120.0  # seconds for a cancelled job to save its state and leave: KillWait and more
+LAG = 15.0  # seconds by which the accounting may lag behind the queue
+POLLS = (1.0, 15.0)  # seconds between two looks at what we wait for: first, longest
+
+
+def cancel(target: Target) -> None:
+    """Cancel the jobs of a target and wait until they left; their trials wait for other workers.
+
+    Raises ConfigError for processes that cannot be reached from here, ClusterError if Slurm
+    refuses, RunError if a job does not leave.
+    """
+    if target.kind == "trial" and not _is_in_work(target):
+        return
+    jobs = [job for job in _jobs(target).values() if not job.over]
+    _check_reach(jobs)
+    for job in jobs:
+        if job.id.startswith(LOCAL):
+            os.kill(_pid(job), signal.SIGTERM)
+    slurm = [job for job in jobs if not job.id.startswith(LOCAL)]
+    whole = target.kind == "study" or target.name in {job.array for job in slurm}
+    queue.cancel({job.array if whole else job.id for job in slurm})
+    for array in dict.fromkeys(job.array for job in jobs):
+        group = [job for job in jobs if job.array == array]
+        states = _counted(job.state for job in group)
+        _say(f"cancelled {' '.join(spans(job.id for job in group))} {group[0].name} ({states})")
+    if not jobs:
+        _say(f"{target}: nothing of it runs or waits in the queue")
+    still = _wait_for_end(target.inventory, [job.id for job in jobs])
+    studies = {job.subject for job in jobs if job.stage == "tune"}
+    for name in sorted(studies | ({target.name} if target.kind == "study" else set())):
+        _look_after(name, target.inventory)
+    if still:
+        raise RunError(
+            f"still there after {LEAVING:.0f} s: {' '.join(spans(still))}",
+            hint="`tripletkit status` shows when they are gone, and `tripletkit doctor --fix` "
+            "then looks after their trials",
+        )
+
+
+def wait(target: Target, timeout: float | None) -> None:
+    """Return when the jobs of a target are over, or the study has its total, and all is well.
+
+    Raises RunError if something failed, if trials are left, or after `timeout` seconds.
+    """
+    began, pause = time.monotonic(), POLLS[0]
+    watched: set[str] = set()
+    warned: set[str] = set()
+    with log.progress(1, str(target)) as update:
+        while True:
+            target.inventory.warnings.clear()
+            trials, jobs = target.trials(), _jobs(target, or_others=True)
+            busy = [job for job in jobs.values() if not job.over]
+            watched |= {job.id for job in busy}
+            if not busy or _is_done(target, trials):
+                break
+            _check_visible(busy)
+            for warning in sorted({*target.inventory.warnings} - warned):
+                logger.warning("%s; asking again", warning)
+            warned |= {*target.inventory.warnings}
+            said = _how_far(target, trials, busy)
+            if timeout is not None and time.monotonic() - began > timeout:
+                raise RunError(f"{target} is not over after {timeout:.0f} s: {said}")
+            update(0, f"{target}: {said}")
+            time.sleep(pause)
+            pause = min(1.3 * pause, POLLS[1])
+    over = [job for job in jobs.values() if job not in busy]
+    if target.kind == "study":  # what failed before we came is history
+        over = [job for job in over if job.id in watched]
+    _judge(target, trials, [] if target.kind == "trial" else _settled(target.inventory, over))
+
+
+def _jobs(target: Target, *, or_others: bool = False) -> dict[str, Job]:
+    """The jobs that count; a study is over before its final training.
+
+    `or_others`: for a trial, also the workers that may go on with it.
+    """
+    if target.kind == "trial" and or_others:
+        study = Target("study", target.inventory.study_name, target.inventory)
+        return target.jobs() | _jobs(study)
+    jobs = target.jobs()
+    if target.kind != "study":
+        return jobs
+    return {id_: job for id_, job in jobs.items() if job.stage != "best"}
+
+
+# cancel
+
+
+def _is_in_work(target: Target) -> bool:
+    """Whether a job works on the trial; says what it means to cancel that."""
+    trials = target.trials()
+    if trials and trials[0].state.name != "RUNNING":
+        _say(f"{target} is {trials[0].state.name}: no job works on it")
+        return False
+    logger.info(
+        "a worker takes one trial after another: its job ends, and %s waits for another worker",
+        target,
+    )
+    return True
+
+
+def _check_reach(jobs: Iterable[Job]) -> None:
+    for job in jobs:
+        if not job.id.startswith(LOCAL):
+            continue
+        if not is_on_this_host(job) and job.record is not None:
+            raise ConfigError(f"{job.id} runs on {job.record.host}", hint="cancel it there")
+        if job.state == UNKNOWN:
+            raise ConfigError(
+                f"{job.id}: its file system has no locks, so nobody knows whether it lives",
+                hint=f"look with `ps {_pid(job)}`, and `kill {_pid(job)}` if it is ours",
+            )
+
+
+def _pid(job: Job) -> int:
+    return job.record.pid if job.record is not None else int(job.id.removeprefix(LOCAL))
+
+
+def _wait_for_end(inventory: Inventory, ids: Collection[str]) -> list[str]:
+    """Wait until these jobs left; returns those that did not."""
+    deadline, pause = time.monotonic() + LEAVING, 0.5
+    left = list(ids)
+    while left:
+        states = records.states(inventory.logs, left)
+        left = [job for job in left if states[job] != "gone"]
+        if not left or time.monotonic() > deadline:
+            break
+        if pause == 0.5:
+            logger.info("waiting for %s to save its state and leave", " ".join(spans(left)))
+        time.sleep(pause)
+        pause = min(1.5 * pause, 5.0)
+    return left
+
+
+def _look_after(name: str, inventory: Inventory) -> None:
+    """Hand back the trials of jobs that are gone, and say what is left in the study."""
+    from tripletkit.tune import claims
+
+    if name != inventory.study_name:
+        other = configuration.with_values(inventory.config, tuning={"study_name": name})
+        inventory = Inventory(other, inventory.patience)
+    try:
+        shared = inventory.study()
+        lost = claims.lost(shared, lambda ids: records.states(inventory.logs, ids))
+        for number in claims.hand_back(shared, lost):
+            _say(f"trial {number}: its worker is gone; it waits for the next one")
+        trials = shared.study.get_trials(deepcopy=False)
+    except StorageError as error:
+        logger.warning(
+            "cannot look after the trials of %s: %s; `tripletkit doctor --fix` can, later",
+            name, error.message,
+        )  # fmt: skip
+        return
+    _say(summary(study_of(inventory, trials, ())))
+    if sum(trial.state.is_finished() for trial in trials) < inventory.total():
+        _say("`tripletkit tune` with the same flags goes on with what is left")
+
+
+# wait
+
+
+def _is_done(target: Target, trials: Sequence[FrozenTrial]) -> bool:
+    """Whether all trials came to an end, whatever its workers still do."""
+    if target.kind not in ("study", "trial"):
+        return False
+    wanted = target.inventory.total() if target.kind == "study" else 1
+    finished = [trial.state.is_finished() for trial in trials]
+    return sum(finished) >= wanted and all(finished)
+
+
+def _check_visible(jobs: Iterable[Job]) -> None:
+    for job in jobs:
+        if job.state == UNKNOWN and job.id.startswith(LOCAL) and job.record is not None:
+            raise ConfigError(f"{job.id} runs on {job.record.host}", hint="wait for it there")
+        if job.state == UNKNOWN and not queue.available():
+            raise ClusterError(
+                f"job {job.id} is a Slurm job, and there is no Slurm here",
+                hint="wait for it where `squeue` works",
+            )
+
+
+def _how_far(target: Target, trials: Sequence[FrozenTrial], busy: Collection[Job]) -> str:
+    jobs = "jobs: " + _counted(job.state for job in busy)
+    if target.kind == "study":
+        return f"{summary(study_of(target.inventory, trials, busy))}; {jobs}"
+    return f"{trials[0].state.name}; {jobs}" if trials else jobs
+
+
+def _settled(inventory: Inventory, jobs: Sequence[Job]) -> list[Job]:
+    """How the jobs ended, also if they did not say so and the accounting does not know yet."""
+    deadline = time.monotonic() + LAG
+    while True:
+        found = list(inventory.settled(jobs).values())
+        if all(job.state != GONE for job in found) or time.monotonic() > deadline:
+            return found
+        time.sleep(1)
+
+
+def _judge(target: Target, trials: Sequence[FrozenTrial], jobs: Sequence[Job]) -> None:
+    """Say how it ended. Raises RunError unless all is well."""
+    problems = list(target.inventory.warnings)
+    for job in jobs:
+        if job.failed:
+            said = f", {job.record.message}" if job.record and job.record.message else ""
+            problems.append(f"{job.id} {job.name}: {job.state}{said}")
+    if target.kind == "trial":
+        states = [trial.state.name for trial in trials]
+        problems += [f"{target} is {s}" for s in states if s not in ("COMPLETE", "PRUNED")]
+    if target.kind == "study" and not _is_done(target, trials):
+        said = summary(study_of(target.inventory, trials, ()))
+        problems.append(f"{said}; trials are left, and no worker is")
+    if problems:
+        raise RunError(
+            "\n".join(problems), hint="`tripletkit status`, `tripletkit logs` and `tripletkit why`"
+        )
+    if target.kind == "study":
+        _say(summary(study_of(target.inventory, trials, ())))
+    else:
+        states = [trial.state.name for trial in trials] or [job.state for job in jobs]
+        _say(f"{target}: {_counted(states)}")
+
+
+def _counted(words: Iterable[str]) -> str:
+    return ", ".join(f"{count} {word}" for word, count in Counter(words).items())
+
+
+def _say(line: str) -> None:
+    log.out.print(line, soft_wrap=True)

@@ -1,0 +1,252 @@
+"""`tripletkit status`: every trial beside the job that works on it, and the jobs without a trial."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from optuna.trial import FrozenTrial, TrialState
+
+from tripletkit.monitor.inventory import OF_STUDY, Inventory, Job, owner
+from tripletkit.tune import claims, storage
+
+DAY = 86400.0  # seconds; jobs that ended before are history
+OPEN = (TrialState.RUNNING, TrialState.WAITING)
+STATES = (*OPEN, TrialState.COMPLETE, TrialState.PRUNED, TrialState.FAIL)
+PACE = 3  # finished trials, before they say anything about the next
+
+
+class Room(NamedTuple):
+    """How many lines of each kind there are to show."""
+
+    trials: int = 30
+    jobs: int = 12
+
+
+class Best(NamedTuple):
+    """The best complete trial."""
+
+    number: int
+    value: float
+    epoch: int | None
+
+
+class Study(NamedTuple):
+    """The study as a whole."""
+
+    name: str
+    storage: str
+    objective: str
+    direction: str
+    total: int
+    max_epochs: int
+    states: Mapping[str, int]
+    best: Best | None
+    workers: int  # that run
+    seconds_left: float | None  # at this pace, None if nobody can say
+
+
+class Row(NamedTuple):
+    """One trial. None where there is nothing yet."""
+
+    number: int
+    state: str
+    cause: Mapping[str, str] | None
+    job: str | None
+    host: str
+    attempt: int | None
+    epoch: int | None  # the last one reported, like `last`
+    best: float | None
+    last: float | None
+    seconds: float | None  # since its newest start
+
+
+@dataclass(frozen=True)
+class Status:
+    """What `status` shows. `jobs` has those of the rows too, `others` those without a trial."""
+
+    study: Study | None
+    rows: Sequence[Row]
+    hidden: int
+    jobs: Mapping[str, Job]
+    others: Sequence[Job]
+    warnings: Sequence[str]
+
+
+def gather(inventory: Inventory, room: Room | None = None) -> Status:
+    """Ask the study, the queue and the accounting, once each; all trials unless `room` is given."""
+    inventory.warnings.clear()
+    trials = inventory.trials()
+    jobs = inventory.jobs(job for trial in trials or () if (job := owner(trial)))
+    working = {owner(trial) for trial in trials or () if trial.state == TrialState.RUNNING}
+    study = None if trials is None else study_of(inventory, trials, jobs.values())
+    shown = _newest(trials or [], room)
+    rows = [_row(trial, inventory) for trial in shown]
+    # How the job of a finished trial ended is of interest to programs only.
+    told = {row.job for row in rows if room is None or row.state not in ("COMPLETE", "PRUNED")}
+    settled = inventory.settled(jobs[id_] for id_ in told if id_ in jobs)
+    others = _others(inventory, jobs.values(), working, settled)
+    return Status(
+        study=study,
+        rows=rows,
+        hidden=len(trials or ()) - len(rows),
+        jobs={**settled, **{job.id: job for job in others}},
+        others=others,
+        warnings=list(inventory.warnings),
+    )
+
+
+def as_json(status: Status) -> dict[str, Any]:
+    """The status for programs.
+
+    `study` (null without one): name, storage, objective, direction, total, max_epochs, states
+    (number of trials by state), best (number, value, epoch; or null), workers (that run),
+    seconds_left (null if unknown).
+    `trials`: number, state (of Optuna), cause (kind, message; or null), job (id), host, attempt,
+    epoch, best, last, seconds (since its newest start).
+    `jobs`: id, name, state, reason, node, elapsed, limit (seconds), exit_code, message, trials
+    (numbers of those that it works on). `warnings`: what could not be asked.
+    Values that are no finite number are null.
+    """
+    running: dict[str | None, list[int]] = {}
+    for row in status.rows:
+        if row.state == "RUNNING":
+            running.setdefault(row.job, []).append(row.number)
+    study = status.study
+    return {
+        "study": study
+        and {**study._asdict(), "best": study.best and study.best._asdict()},
+        "trials": [row._asdict() for row in status.rows],
+        "jobs": [
+            {
+                "id": job.id, "name": job.name, "state": job.state, "reason": job.reason,
+                "node": job.node, "elapsed": job.elapsed and round(job.elapsed), "limit": job.limit,
+                "exit_code": job.record.exit_code if job.record else None,
+                "message": job.record.message if job.record else None,
+                "trials": running.get(job.id, []),
+            }
+            for job in status.jobs.values()
+        ],
+        "warnings": list(status.warnings),
+    }  # fmt: skip
+
+
+# The study and its trials
+
+
+def study_of(inventory: Inventory, trials: Sequence[FrozenTrial], jobs: Iterable[Job]) -> Study:
+    """The study as a whole; `jobs` say who works on it."""
+    tuning, total = inventory.config.tuning, inventory.total()
+    counts = Counter(trial.state for trial in trials)
+    workers = sum(
+        job.name == f"tune:{inventory.study_name}" and job.state == "RUNNING" for job in jobs
+    )
+    return Study(
+        name=inventory.study_name,
+        storage=storage.location(tuning),
+        objective=tuning.objective,
+        direction=storage.direction(tuning.objective),
+        total=total,
+        max_epochs=tuning.max_epochs,
+        states={state.name: counts[state] for state in STATES},
+        best=_best(trials, storage.direction(tuning.objective)),
+        workers=workers,
+        seconds_left=_seconds_left(trials, total, workers),
+    )
+
+
+def _best(trials: Sequence[FrozenTrial], direction: str) -> Best | None:
+    complete = [
+        (t, t.value) for t in trials if t.state == TrialState.COMPLETE and t.value is not None
+    ]
+    if not complete:
+        return None
+    trial, value = _extreme(direction)(complete, key=lambda pair: pair[1])
+    reports = sorted(trial.intermediate_values.items())
+    return Best(
+        trial.number, value, next((e for e, reported in reports if reported == value), None)
+    )
+
+
+def _extreme(direction: str) -> Callable[..., Any]:
+    return max if direction == "maximize" else min
+
+
+def _seconds_left(trials: Sequence[FrozenTrial], total: int, workers: int) -> float | None:
+    """As long as a trial took on average, for what is left, by the workers that run now."""
+    done = [t for t in trials if t.state.is_finished()]
+    took = [t.duration.total_seconds() for t in done if t.state != TrialState.FAIL and t.duration]
+    if not workers or len(took) < PACE or len(done) >= total:
+        return None
+    mean = sum(took) / len(took)
+    running = [
+        max(mean - _seconds(t, time.time()), 0.0) for t in trials if t.state == TrialState.RUNNING
+    ]
+    untouched = max(total - len(done) - len(running), 0)
+    return max((sum(running) + untouched * mean) / workers, max(running, default=0.0))
+
+
+def _newest(trials: Sequence[FrozenTrial], room: Room | None) -> list[FrozenTrial]:
+    """Those in work and the newest others, by number."""
+    if room is None or len(trials) <= room.trials:
+        return list(trials)
+    ranked = sorted(trials, key=lambda t: (t.state in OPEN, t.number))
+    return sorted(ranked[-room.trials :], key=lambda t: t.number)
+
+
+def _row(trial: FrozenTrial, inventory: Inventory) -> Row:
+    mark = claims.owner(trial) or {}
+    steps = sorted(trial.intermediate_values)
+    values = [v for v in trial.intermediate_values.values() if math.isfinite(v)]
+    values += [] if trial.value is None else [trial.value]
+    choose = _extreme(storage.direction(inventory.config.tuning.objective))
+    last = trial.intermediate_values[steps[-1]] if steps else None
+    return Row(
+        number=trial.number,
+        state=trial.state.name,
+        cause=trial.user_attrs.get(claims.CAUSE) if trial.state == TrialState.FAIL else None,
+        job=mark.get("job"),
+        host=mark.get("host", ""),
+        attempt=mark.get("attempt"),
+        epoch=steps[-1] if steps else None,
+        best=choose(values) if values else None,
+        last=last if last is not None and math.isfinite(last) else None,
+        seconds=None if trial.state == TrialState.WAITING else _seconds(trial, time.time()),
+    )
+
+
+def _seconds(trial: FrozenTrial, now: float) -> float:
+    """How long the trial took, or has been running, since its newest start."""
+    assert trial.datetime_start
+    ended = trial.datetime_complete.timestamp() if trial.datetime_complete else now
+    return round(ended - trial.datetime_start.timestamp(), 3)
+
+
+# Jobs
+
+
+def _others(
+    inventory: Inventory,
+    jobs: Iterable[Job],
+    working: Collection[str | None],
+    told: Collection[str],
+) -> list[Job]:
+    """Jobs that no trial's row tells of: what ended of late, and those that wait or run."""
+
+    def is_ours(job: Job) -> bool:
+        of_study = job.stage in OF_STUDY
+        return job.subject in (inventory.study_name, "") if of_study else job.here
+
+    ours = [job for job in jobs if is_ours(job)]
+    late = time.time() - DAY
+    ended = inventory.settled(
+        job for job in ours if job.over and job.id not in told and inventory.ended(job) > late
+    )
+    # That a worker, or the job that tidies up behind it, is done is no news.
+    news = [job for job in ended.values() if job.failed or job.stage not in ("tune", "tidy")]
+    active = [job for job in ours if not job.over and job.id not in working]
+    return [job for job in news if is_ours(job)] + active
