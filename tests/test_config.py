@@ -187,6 +187,7 @@ def test_relative_run_folders_lie_on_scratch():
     loaded = config.load(None, ["global.scratch_dir=/scratch", "paths.cache_dir=c"], {})
     assert loaded.cache_dir == Path("/scratch/c")
     assert loaded.checkpoint_dir == Path("/scratch/checkpoints")
+    assert loaded.output_dir == Path("/scratch/trials")
     absolute = config.load(None, ["global.scratch_dir=/scratch", "paths.cache_dir=/c"], {})
     assert absolute.cache_dir == Path("/c")
 

@@ -378,7 +378,7 @@ def _print_metrics(title: str, results: Mapping[str, Mapping[str, float]]) -> No
 
 def study_paths(config: Config) -> StudyPaths:
     """The folder of the configured study."""
-    return StudyPaths(config.tuning.output_dir / config.tuning.study_name)
+    return StudyPaths(config.output_dir / config.tuning.study_name)
 
 
 def job_name(stage: str, config: Config, options: Mapping[str, Any]) -> str:

@@ -53,7 +53,7 @@ def tune(config: Config, cluster: Cluster | None, *, prepare: bool, dry_run: boo
     stages.check_files(config)
     if cluster == "slurm":
         study.check_reach(tuning, queue.node_hosts())
-        preflight.check(job, [tuning.output_dir])
+        preflight.check(job, [config.output_dir])
     if dry_run:
         log.out.print(launch.script(job), soft_wrap=True)
         return DONE

@@ -54,7 +54,7 @@ class Global(Section):
     log_dir: AbsolutePath = Field(Path("logs"), description="Folder of the job logs.")
     scratch_dir: AbsolutePath = Field(
         Path(),
-        description="Fast disk with room; relative cache_dir and checkpoint_dir lie here.",
+        description="Fast disk with room; relative cache_dir, checkpoint_dir and output_dir lie here.",
     )
 
 
@@ -300,7 +300,7 @@ class Tuning(Section):
         description="A PostgreSQL of yours instead, postgresql://user@host/database; its password "
         "belongs in PGPASSFILE.",
     )
-    output_dir: AbsolutePath = Field(
+    output_dir: ScratchPath = Field(
         Path("trials"), description="Holds a folder per study, and in it one per trial."
     )
     workers: int = Field(1, ge=1, description="Workers that share the study.")
@@ -419,6 +419,11 @@ class Config(Section):
     def checkpoint_dir(self) -> Path:
         """`paths.checkpoint_dir`, below `global.scratch_dir` when relative."""
         return _on_disk(self.global_.scratch_dir / self.paths.checkpoint_dir)
+
+    @property
+    def output_dir(self) -> Path:
+        """`tuning.output_dir`, below `global.scratch_dir` when relative."""
+        return _on_disk(self.global_.scratch_dir / self.tuning.output_dir)
 
 
 def section_of(key: str) -> Literal["training", "training_model"]:

@@ -103,7 +103,7 @@ class Inventory:
     """
 
     def __init__(self, config: Config, patience: float = 0) -> None:
-        self.paths = StudyPaths(config.tuning.output_dir / config.tuning.study_name)
+        self.paths = StudyPaths(config.output_dir / config.tuning.study_name)
         self.config = _as_prepared(config, self.paths)
         self.logs = LogPaths(config.global_.log_dir)
         self.warnings: list[str] = []

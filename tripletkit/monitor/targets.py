@@ -118,7 +118,7 @@ def _studies(jobs: Collection[Job]) -> set[str]:
 
 def _folders(config: Config) -> Iterator[str]:
     """Studies that were prepared here, whether or not a job of theirs is known."""
-    for identity in sorted(config.tuning.output_dir.glob(f"*/{StudyPaths(Path()).identity.name}")):
+    for identity in sorted(config.output_dir.glob(f"*/{StudyPaths(Path()).identity.name}")):
         yield identity.parent.name
 
 
