@@ -22,8 +22,8 @@ An unknown key in a known section is an error; an unknown section is a warning, 
 be shared with other programs. The effective configuration of a run is kept as `config.toml` in its
 folder, and reproduces it.
 
-`[tuning]` and `[slurm]` are checked when the file is read; the commands that use them, `tune` and
-`submit-best`, are not part of this version.
+The commands that look at a study (`status`, `logs`, `submit-best`, ...) take its `[tuning]` from the
+study's folder, as `tune` left it there: flags of `tune` need not be given again.
 """
 
 SPACE = """\

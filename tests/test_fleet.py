@@ -181,11 +181,14 @@ def assert_no_secret(slurm, folder: Path, password: str, jobs: list[str]) -> Non
 def test_the_final_training_goes_on_past_its_time_limit(slurm, tmp_path):
     """Two time limits and more; the end equals a training in one go, byte for byte."""
     config = fleet.write_config(
-        tmp_path, training={"num_epochs": 300, "checkpoint_every_minutes": 0.05}
+        tmp_path,
+        training={"num_epochs": 300, "checkpoint_every_minutes": 0.05},
+        tuning={"objective": "recall@10"},
     )
-    fleet.tripletkit(
-        "tune", "-c", config, "--cluster", "here", "--n-trials", "1", "--max-epochs", "1"
-    )
+    fleet.tripletkit(  # flags of the study need not be given again
+        "tune", "-c", config, "--cluster", "here", "--n-trials", "1", "--max-epochs", "1",
+        "--objective", "map@r",
+    )  # fmt: skip
     output = fleet.tripletkit(
         "submit-best", "-c", config, "--cluster", "slurm", "--time", "1",
         "--set", "training.early_stopping_patience=1000",

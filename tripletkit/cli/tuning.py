@@ -14,6 +14,7 @@ from tripletkit.cli.options import (
     Overrides,
     flags,
     load,
+    load_study,
 )
 
 STUDY_FLAGS = {
@@ -89,7 +90,7 @@ def submit_best(
     """Train with the best trial's parameters on all the data, to the end."""
     from tripletkit import submission
 
-    loaded = load(config, _without_wandb(overrides, disable_wandb))
+    loaded = load_study(config, _without_wandb(overrides, disable_wandb))
     best = submission.find_best(loaded, source, trial)
     raise typer.Exit(
         submission.submit_best(loaded, best, cluster, prepare=prepare, dry_run=dry_run)
