@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import socket
 
 import optuna
 import pytest
@@ -175,6 +176,33 @@ def test_a_job_that_comes_back_while_we_ask_keeps_its_trial(study):
 
     assert claims.claim(study, worker("8"), 1, came_back) is None
     assert back.holds()
+
+
+def local(job: str, host: str) -> Worker:
+    return Worker(job=f"local-{job}", restart=0, host=host, pid=int(job))
+
+
+def test_processes_of_two_hosts_may_have_the_same_number(study):
+    here = claims.claim(study, local("7", "n1"), 1, nobody_asked)
+    assert claims.claim(study, local("7", "n2"), 1, nobody_asked) is None
+    assert here.holds()
+    assert claims.lost(study, nobody_asked) == []  # n1 is not this host
+    assert claims.claim(study, local("7", "n1"), 1, nobody_asked).trial.number == 0
+
+
+def test_what_became_of_a_process_is_asked_on_its_host_only(study):
+    here = socket.gethostname()
+    claims.claim(study, local("7", "elsewhere"), 9, nobody_asked)
+    claims.claim(study, local("8", here), 9, all_are("running"))
+    asked = []
+
+    def job_states(jobs):
+        asked.extend(jobs)
+        return dict.fromkeys(jobs, "gone")
+
+    assert [t.number for t in claims.lost(study, job_states)] == [1]
+    assert claims.claim(study, local("9", here), 9, job_states).trial.number == 1
+    assert asked == ["local-8", "local-8"]
 
 
 def test_a_failed_trial_says_why(study):

@@ -5,6 +5,7 @@ import math
 import multiprocessing
 import os
 import signal
+import time
 from pathlib import Path
 
 import optuna
@@ -15,15 +16,26 @@ from tests import toy
 from tripletkit import config as configuration
 from tripletkit import stages
 from tripletkit.config import Config
-from tripletkit.errors import DataError, RunError
+from tripletkit.errors import ConfigError, DataError, RunError
 from tripletkit.paths import run_paths
 from tripletkit.train import loop
-from tripletkit.tune import attempts, claims, storage, study, worker
+from tripletkit.tune import attempts, claims, retry, storage, study, worker
 from tripletkit.tune.claims import Worker
 from tripletkit.tune.worker import Summary, Surroundings
 
+pytest_plugins = ["tests.postgres"]
+
 fork = multiprocessing.get_context("forkserver")
 fork.set_forkserver_preload(["tests.test_tune_worker", "torch._dynamo"])
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Everywhere alike, since sums in another order are other numbers."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -345,6 +357,89 @@ def test_three_failures_in_a_row_end_the_worker(config):
     with pytest.raises(RunError, match="3 trials in a row failed"):
         work(config)
     assert len(trials_of(shared)) == 3
+
+
+SAMPLERS = {"negative_sampler": {"type": "categorical", "choices": ["random", "fixed:7"]}}
+
+
+def test_what_fails_all_trials_alike_fails_the_worker_and_no_trial(config):
+    """There are no bands in these data at all."""
+    config = configuration.with_values(config, training={"negative_sampler": "fixed:7"})
+    shared = prepare(config)
+    with pytest.raises(ConfigError, match="fixed:7"):
+        work(config)
+    assert [t.state.name for t in trials_of(shared)] == ["WAITING"]
+
+
+def test_a_worker_that_has_trained_before_knows_that_it_is_the_trial(config):
+    config = configuration.with_values(config, tuning={"space": SAMPLERS})
+    shared = prepare(config)
+    for sampler in ("random", "fixed:7"):
+        shared.study.enqueue_trial({"negative_sampler": sampler})
+    assert work(config).ended == ["complete", "failed"]
+    assert trials_of(shared)[1].user_attrs[claims.CAUSE]["kind"] == "bad_configuration"
+
+
+def test_a_broken_gpu_is_no_fault_of_the_trial(config):
+    shared = prepare(config)
+
+    def broken(config: Config):
+        raise RuntimeError("CUDA error: uncorrectable ECC error encountered")
+
+    with pytest.raises(RuntimeError, match="ECC"):
+        work(config, load_data=broken)
+    assert trials_of(shared)[0].state.name == "WAITING"
+
+
+def test_asked_to_stop_while_the_storage_is_away_the_trial_stays_with_its_job(
+    config, start_postgres, monkeypatch
+):
+    monkeypatch.setattr(retry, "LAST_PATIENCE", 1.0)
+    server = start_postgres()
+    config = configuration.with_values(config, tuning={"storage_url": server.database()})
+    prepare(config)
+    stop = stop_after(30)
+
+    def stop_and_lose() -> bool:
+        if stopping := stop():
+            server.stop()
+        return stopping
+
+    shared = storage.open_study(config.tuning, seed=0, workers=1, should_stop=stop_and_lose)
+    paths, around = stages.study_paths(config), surroundings(should_stop=stop_and_lose)
+    began = time.monotonic()
+    summary = worker.run(shared, config, paths, me("7"), around)
+    assert summary == Summary(ended=["stopped"], progress=True, open=True)
+    assert time.monotonic() - began < retry.PATIENCE / 4
+    server.start()
+    assert trials_of(shared)[0].state.name == "RUNNING"
+    assert work(config, me("7", restart=1)).ended == ["complete", "complete"]
+    assert [each["outcome"] for each in attempts_of(config, 0)] == ["stopped", "complete"]
+
+
+def test_frozen_while_another_finished_its_trial_a_worker_goes_on_with_the_next(config):
+    shared = prepare(config)
+    finished = []
+
+    def load(config: Config):
+        if not finished:
+            finished.append(1)
+            work(config_of_study, me("2"), job_states=lambda jobs: dict.fromkeys(jobs, "gone"))
+        return stages.training_data(config)
+
+    config_of_study = configuration.with_values(config, tuning={"n_trials": 1})
+    summary = work(
+        config, me("1"), load_data=load, job_states=lambda j: dict.fromkeys(j, "running")
+    )
+    assert summary.ended == ["taken over", "complete"]
+    assert [t.state.name for t in trials_of(shared)] == ["COMPLETE", "COMPLETE"]
+
+
+def test_a_checkpoint_within_an_epoch_is_getting_further(tmp_path):
+    path = tmp_path / "attempts.jsonl"
+    for step in (0, 40, 80, 80):
+        attempts.begin(path, {"job": "7"}, from_epoch=0, from_step=step)
+    assert attempts.killed_in_a_row(path) == 2
 
 
 def test_bad_data_ends_the_worker_but_not_the_trial(config):

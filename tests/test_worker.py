@@ -6,16 +6,20 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from threading import Timer
 
 import pytest
 
 from tests import fleet
 from tests.cluster import ACCOUNT
 from tripletkit import config as configuration
-from tripletkit.cluster import jobs, queue
-from tripletkit.errors import REQUEUE, RunError
+from tripletkit import worker
+from tripletkit.cluster import jobs, preempt, queue
+from tripletkit.errors import REQUEUE, ClusterError, Interrupted, RunError
 from tripletkit.paths import LogPaths, run_paths
 from tripletkit.tune import storage
+
+pytest_plugins = ["tests.postgres"]
 
 MODULE = [sys.executable, "-m", "tripletkit.worker"]
 
@@ -124,6 +128,132 @@ def test_one_job_runs_one_process(tmp_path):
         jobs.recorded(logs, record),
     ):
         pass
+
+
+def test_a_worker_with_another_log_folder_may_live(tmp_path):
+    config = long_training(tmp_path)
+    process = subprocess.Popen([*MODULE, "train", "--config", config])
+    elsewhere, job = LogPaths(tmp_path / "elsewhere"), f"local-{process.pid}"
+    fleet.until(logs_of(config).record(job).exists, lambda: "no record", deadline=60)
+    assert jobs.states(elsewhere, [job]) == {job: "unknown"}
+    process.kill()
+    process.wait()
+    assert jobs.states(elsewhere, [job]) == {job: "gone"}
+
+
+def test_starts_without_progress_are_counted_until_one_gets_somewhere(tmp_path, monkeypatch):
+    logs, counts = LogPaths(tmp_path), []
+    for restart, progress in enumerate([True, False, None, False, True, False]):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
+        before = jobs.read(logs.record("7"))
+        record = jobs.new_record("7", "tune", "tune:x", "c.toml", before=before)
+        with jobs.recorded(logs, record) as ended:
+            if progress is not None:  # else it was killed
+                ended(REQUEUE, "stopped", progress=progress)
+        counts.append(jobs.read(logs.record("7")).fruitless)
+    assert counts == [0, 1, 1, 2, 0, 1]
+
+
+@pytest.fixture
+def orphan(tmp_path):
+    """A process of the former start of job 7, which its node's failure cut off from Slurm."""
+    code = (
+        "import sys; from pathlib import Path; from tripletkit import fsio\n"
+        "with fsio.exclusive_lock(Path(sys.argv[1])): print(flush=True); sys.stdin.read()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, LogPaths(tmp_path).lock("7")],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    )  # fmt: skip
+    with process:
+        process.stdout.readline()
+        yield process
+        process.kill()
+
+
+def test_a_job_waits_for_the_end_of_its_former_start(tmp_path, monkeypatch, orphan, caplog):
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    record = jobs.new_record("7", "tune", "tune:x", "c.toml")
+    Timer(3, orphan.kill).start()
+    with jobs.recorded(LogPaths(tmp_path), record):
+        assert orphan.wait(0) is not None
+    assert "cut off from Slurm" in caplog.text
+
+
+def test_asked_to_stop_it_leaves_without_having_got_anywhere(tmp_path, monkeypatch, orphan):
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    record = jobs.new_record("7", "tune", "tune:x", "c.toml")
+    with (
+        pytest.raises(Interrupted, match="former start") as caught,
+        jobs.recorded(LogPaths(tmp_path), record, lambda: True),
+    ):
+        pass
+    assert not caught.value.progress
+
+
+def stop_after(*numbers: int) -> preempt.Stop:
+    stop = preempt.Stop()
+    stop.signals.extend(numbers)
+    return stop
+
+
+def test_of_jobs_that_slurm_ends_those_at_their_time_limit_run_again(slurm):
+    """Told of their limit first, and then ended; both take their time to save their state."""
+    stubborn = "trap '' TERM; for i in $(seq 300); do sleep 0.5; done"
+    limited = slurm.sbatch(stubborn, "--time=1", "--mem=100")
+    cancelled = slurm.sbatch(stubborn, "--time=5", "--mem=100")
+    slurm.wait_state(cancelled, {"RUNNING"})
+    slurm.run("scancel", cancelled)
+    slurm.wait_state(cancelled, {"COMPLETING"})
+    ended = stop_after(signal.SIGUSR2, signal.SIGTERM)
+    assert not worker._runs_again(cancelled, ended, 0)
+    slurm.wait_state(limited, {"COMPLETING"}, deadline=120)
+    assert worker._runs_again(limited, ended, 0)
+    assert not worker._runs_again(limited, ended, worker.FRUITLESS_STARTS)
+
+
+def test_a_requeue_outlasts_a_controller_that_does_not_answer(monkeypatch):
+    answers = iter([ClusterError("no answer", hint=queue.SILENCE)] * 2 + [True])
+    asked = []
+
+    def requeue(job: str) -> bool:
+        asked.append(job)
+        if isinstance(answer := next(answers), ClusterError):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(queue, "requeue", requeue)
+    monkeypatch.setattr(worker, "KILL_SECONDS", 1.0)
+    worker._requeue("7")
+    assert asked == ["7"] * 3
+
+
+def test_away_storage_is_no_end_of_a_job(slurm, tmp_path, start_postgres):
+    """Told to make room while the database is away, its trial goes on when both are back."""
+    server = start_postgres()
+    config = fleet.write_config(
+        tmp_path,
+        tuning={"storage_url": server.database(), "max_epochs": 60, "n_trials": 1},
+        training={"checkpoint_every_minutes": 0.01},
+    )
+    output = fleet.tripletkit("tune", "-c", config, "--cluster", "slurm")
+    job = output.split("slurm job ")[1].split()[0]
+    trial = fleet.study_paths(config).trial(0)
+    fleet.until(
+        lambda: trial.metrics.exists() and len(fleet.epochs(trial)) > 3,
+        lambda: slurm.run("squeue"), deadline=90,
+    )  # fmt: skip
+    server.stop()
+    slurm.run("scancel", "--signal=USR2", job)
+    fleet.until(lambda: record_of(config, job).ended, lambda: "it goes on", deadline=60)
+    assert record_of(config, job).exit_code == REQUEUE
+    server.start()
+    fleet.wait_for_empty_queue(slurm, logs_of(config).root, deadline=120)
+    assert states(config) == ["COMPLETE"]
+    assert fleet.epochs(trial) == list(range(61))
+    first, second = fleet.attempts(trial)
+    assert (first["outcome"], second["outcome"]) == ("stopped", "complete")
+    assert (first["job"], second["job"]) == (job, job)
 
 
 def test_the_states_of_slurm_jobs(slurm, tmp_path):

@@ -52,6 +52,15 @@ class StorageError(TripletkitError):
     exit_code = 5
 
 
+class StorageAway(StorageError):  # noqa: N818 - an outage
+    """The storage has been away for so long that we gave up; it may be back later.
+
+    `progress` as of Interrupted.
+    """
+
+    progress = False
+
+
 class Interrupted(TripletkitError):  # noqa: N818 - not an error
     """Stopped after the state was saved, by a signal or because the time limit is near.
 

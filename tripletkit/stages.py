@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from tripletkit import fsio, log
 from tripletkit.config import Config
-from tripletkit.errors import DONE, ConfigError, DataError, Interrupted
+from tripletkit.errors import DONE, ConfigError, DataError, Interrupted, StorageAway
 from tripletkit.log import logger
 from tripletkit.paths import LogPaths, StudyPaths, run_paths
 
@@ -74,15 +74,24 @@ def tune(config: Config, should_stop: Callable[[], bool]) -> int:
     me = Worker(job, jobs.restart_count(), socket.gethostname(), os.getpid())
     deadline = jobs.deadline(job)
     shared = storage.open_study(
-        config.tuning, seed=_worker_seed(config, job), workers=config.tuning.workers
+        config.tuning,
+        seed=0,
+        workers=config.tuning.workers,
+        should_stop=should_stop,
     )
+    begun = len(shared.study.get_trials(deepcopy=False))
+    storage.reseed(shared, config.tuning, _worker_seed(config, job, begun))
     surroundings = worker.Surroundings(
         load_data=_remembering(training_data),
         job_states=lambda ids: jobs.states(logs, ids),
         should_stop=should_stop,
         seconds_left=lambda: math.inf if deadline is None else deadline - time.time(),
     )
-    summary = worker.run(shared, config, study_paths(config), me, surroundings)
+    try:
+        summary = worker.run(shared, config, study_paths(config), me, surroundings)
+    except StorageAway as error:
+        error.progress = True  # it was there when we came
+        raise
     counts = Counter(summary.ended)
     did = ", ".join(f"{count} {outcome}" for outcome, count in counts.items()) or "none"
     log.out.print(f"study {config.tuning.study_name}; trials of this worker: {did}")
@@ -125,8 +134,10 @@ def serve_database(
     """Run the PostgreSQL of `folder` until asked to stop."""
     from tripletkit.tune import database
 
-    database.serve(Path(folder), max_connections=max_connections, should_stop=should_stop)
-    if should_stop():
+    stopped_by = database.serve(
+        Path(folder), max_connections=max_connections, should_stop=should_stop
+    )
+    if stopped_by == database.BY_SIGNAL:
         raise Interrupted(
             f"the database in {folder} was stopped", hint="`tripletkit db up` starts it"
         )
@@ -145,13 +156,15 @@ def check_files(config: Config) -> None:
         raise _no_metadata(metadata)
 
 
-def _worker_seed(config: Config, job: str) -> int:
-    """Different for every worker and start, else they would all propose the same parameters."""
-    worker = os.environ.get("SLURM_ARRAY_TASK_ID", job)
+def _worker_seed(config: Config, job: str, begun: int) -> int:
+    """Different for every worker and start, else they would all propose the same parameters.
+
+    `begun`: the trials that there are, which a study that is continued would propose again.
+    """
     if job == f"local-{os.getpid()}":  # the only worker, in the foreground: reproducible
-        worker = "0"
+        job = "0"
     restart = os.environ.get("SLURM_RESTART_COUNT", "0")
-    return int(fsio.digest([str(config.global_.seed), worker, restart]), 16) % 2**31
+    return int(fsio.digest([str(config.global_.seed), job, restart, str(begun)]), 16) % 2**31
 
 
 def _remembering(load: Callable[[Config], Data]) -> Callable[[Config], Data]:

@@ -18,11 +18,11 @@ from tripletkit import boundary, config, stages
 from tripletkit.cluster import jobs, preempt, queue
 from tripletkit.cluster.preempt import Stop
 from tripletkit.config import Config
-from tripletkit.errors import REQUEUE, ClusterError, Interrupted
+from tripletkit.errors import REQUEUE, ClusterError, Interrupted, StorageAway
 from tripletkit.log import logger
 from tripletkit.paths import LogPaths
 
-# Started so often without getting anywhere, the job will not get anywhere.
+# Started so often in a row without getting anywhere, the job will not get anywhere.
 FRUITLESS_STARTS = 3
 KILL_SECONDS = 600  # Slurm kills a requeued job within KillWait, half a minute by default
 
@@ -60,7 +60,7 @@ def run(stage: str, config_file: Path, options: Mapping[str, Any], *, requeue: b
             )
         )
         if ending.exit_code == REQUEUE and requeue:
-            _requeue(jobs.current_job())
+            boundary.run(lambda: _requeue(jobs.current_job()))
         return ending.exit_code
 
 
@@ -68,44 +68,61 @@ def attend(
     stage: str, loaded: Config, options: Mapping[str, Any], stop: Stop, config_file: str = ""
 ) -> int:
     """Run a stage and keep its record; without a file it is no job, and does not run again."""
-    job = jobs.current_job()
+    logs, job = LogPaths(loaded.global_.log_dir), jobs.current_job()
     name = stages.job_name(stage, loaded, options)
-    record = jobs.new_record(job, stage, name, config_file)
-    with jobs.recorded(LogPaths(loaded.global_.log_dir), record) as ended:
-        if config_file:
-            logger.info("job %s on %s: %s, %s", job, record.host, name, config_file)
-        ending = boundary.run(lambda: stages.JOBS[stage](loaded, stop, **options))
-        code = ending.exit_code
-        if isinstance(ending.error, Interrupted) and config_file:
-            code = REQUEUE if _runs_again(job, stop, ending.error) else code
-        ended(code, ending.message)
+    record = jobs.new_record(job, stage, name, config_file, before=jobs.read(logs.record(job)))
+    try:
+        with jobs.recorded(logs, record, stop) as ended:
+            if config_file:
+                logger.info("job %s on %s: %s, %s", job, record.host, name, config_file)
+            ending = boundary.run(lambda: stages.JOBS[stage](loaded, stop, **options))
+            code, progress = ending.exit_code, True
+            if isinstance(ending.error, Interrupted | StorageAway) and config_file:
+                progress = ending.error.progress
+                fruitless = 0 if progress else record.fruitless + 1
+                code = REQUEUE if _runs_again(job, stop, fruitless) else code
+            ended(code, ending.message, progress=progress)
+    except Interrupted as error:  # before we could begin
+        if not config_file or not _runs_again(job, stop, 0):
+            raise
+        boundary.say(error.message, error.hint)
+        return REQUEUE
     return code
 
 
-def _runs_again(job: str, stop: Stop, error: Interrupted) -> bool:
+def _runs_again(job: str, stop: Stop, fruitless: int) -> bool:
     """Whether to ask for another start: time limit or preemption, not a cancelled job."""
     if job.startswith(jobs.LOCAL):
         return False
-    if not error.progress and jobs.restart_count() >= FRUITLESS_STARTS:
-        logger.error("%d starts without progress: not asking for another", FRUITLESS_STARTS)
+    if fruitless >= FRUITLESS_STARTS:
+        logger.error("%d starts without progress: not asking for another", fruitless)
         return False
-    if stop.wants_requeue or not stop():
+    if not stop() or (stop.wants_requeue and not stop.terminated):
         return True
     try:
         facts = queue.job_facts(job)
     except ClusterError:
         return False
     # In the grace time of a preemption the job still runs. Leaving now would lose the requeue that
-    # Slurm has in mind for the end of it, so we ask for ours. A cancelled job is COMPLETING.
+    # Slurm has in mind for the end of it, so we ask for ours. A cancelled job is COMPLETING, and so
+    # is one at its time limit, which says so.
     preempted = facts.get("PreemptTime", "None") not in ("None", "")
-    return facts.get("JobState") == "RUNNING" and preempted
+    runs = facts.get("JobState") == "RUNNING"
+    return (runs and (preempted or stop.wants_requeue)) or facts.get("Reason") == "TimeLimit"
 
 
 def _requeue(job: str) -> None:
     """Have Slurm run the job again, and wait for the end of this start of it."""
-    if not queue.requeue(job):
-        logger.info("Slurm has requeued the job already")
     deadline = time.monotonic() + KILL_SECONDS
+    while True:
+        try:
+            if not queue.requeue(job):
+                logger.info("Slurm has requeued the job already")
+            break
+        except ClusterError as error:
+            if error.hint != queue.SILENCE or time.monotonic() > deadline:
+                raise
+            logger.warning("cannot ask for another start, trying again: %s", error.message)
     while time.monotonic() < deadline:
         time.sleep(1)
 

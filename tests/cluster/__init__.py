@@ -122,7 +122,7 @@ class Cluster:
             self._keepers[host] = Keeper(self.folder, self.environment)
         self._pids[name] = self._keepers[host].run(*program, log=self.log(name))
 
-    def _ready(self, name: str, condition: Callable[[], object]) -> None:
+    def _ready(self, name: str, condition: Callable[[], object], deadline: float = 30) -> None:
         """Wait for a daemon to answer; a failure shows the end of its log."""
 
         def failure() -> str:
@@ -134,7 +134,7 @@ class Cluster:
                 raise ClusterFailed(failure())
             return condition()
 
-        wait(met, failure, 30)
+        wait(met, failure, deadline)
 
     def _alive(self, name: str) -> bool:
         return Path(f"/proc/{self._pids[name]}").exists()
@@ -240,9 +240,9 @@ class Cluster:
         for node in NODES:
             if not self._alive(node):
                 self._slurmd(node)
-        for node in NODES:
-            self._ready(node, lambda node=node: self.node_state(node) == "idle")
         wait(lambda: not self.run("squeue", "-h"), lambda: self.run("squeue"), 60)
+        for node in NODES:  # when a message about a job's end is lost, Slurm repeats it late
+            self._ready(node, lambda node=node: self.node_state(node) == "idle", 120)
 
     def node_state(self, node: str) -> str:
         """What sinfo says of a node: idle, mixed, allocated, down, ..."""

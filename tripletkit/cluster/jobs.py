@@ -15,17 +15,19 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from typing import Literal
+from typing import Literal, Protocol
 
 from tripletkit import fsio
 from tripletkit.cluster import queue
-from tripletkit.errors import ClusterError, RunError
+from tripletkit.errors import ClusterError, Interrupted, RunError
 from tripletkit.log import logger
 from tripletkit.paths import LogPaths
 
 JobState = Literal["running", "pending", "gone", "unknown"]
 
 LOCAL = "local-"
+# For so long we wait for a process that its node's failure cut off from the scheduler.
+ORPHAN_SECONDS = 600.0
 # Of the states that squeue shows, those of a job that is over, and that does not run but will.
 ENDED = (
     "BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY",
@@ -49,6 +51,14 @@ class Record:
     ended: str | None = None
     exit_code: int | None = None
     message: str | None = None
+    fruitless: int = 0  # starts in a row, up to the newest, that ended without progress
+
+
+class Ended(Protocol):
+    """Notes the end of a job in its record."""
+
+    def __call__(self, exit_code: int, message: str | None, *, progress: bool = True) -> None:
+        """`progress`: whether this start of it got anywhere."""
 
 
 def current_job() -> str:
@@ -82,12 +92,22 @@ def deadline(job: str) -> float | None:
 
 
 @contextlib.contextmanager
-def recorded(logs: LogPaths, record: Record) -> Iterator[Callable[[int, str | None], None]]:
-    """Keep the record of a running job; yields `ended(exit_code, message)`.
+def recorded(
+    logs: LogPaths, record: Record, should_stop: Callable[[], bool] = lambda: False
+) -> Iterator[Ended]:
+    """Keep the record of a running job; yields what notes its end.
 
-    Raises RunError if another process runs under the same job id.
+    A process of the job's former start may live on when its node was cut off from the scheduler:
+    then we wait for it, and raise Interrupted if that takes too long. Raises RunError if another
+    process runs under the same job id.
     """
-    with _own_lock(logs.lock(record.job)) as ours:
+    with _own_lock(logs.lock(record.job), record, should_stop) as ours:
+        if not ours and record.restart:
+            raise Interrupted(
+                f"a process of the former start of job {record.job} still runs",
+                hint="its node was cut off from Slurm; it ends when the node is back",
+                progress=False,
+            )
         if not ours:
             raise RunError(
                 f"job {record.job} already runs a process of ours",
@@ -96,22 +116,32 @@ def recorded(logs: LogPaths, record: Record) -> Iterator[Callable[[int, str | No
         path = logs.record(record.job)
         fsio.write_json(path, asdict(record))
 
-        def ended(exit_code: int, message: str | None) -> None:
-            done = replace(record, ended=fsio.timestamp(), exit_code=exit_code, message=message)
+        def ended(exit_code: int, message: str | None, *, progress: bool = True) -> None:
+            done = replace(
+                record, ended=fsio.timestamp(), exit_code=exit_code, message=message,
+                fruitless=0 if progress else record.fruitless + 1,
+            )  # fmt: skip
             fsio.write_json(path, asdict(done))
 
         yield ended
 
 
 @contextlib.contextmanager
-def _own_lock(path: Path) -> Iterator[bool]:
+def _own_lock(path: Path, record: Record, should_stop: Callable[[], bool]) -> Iterator[bool]:
     """Hold the lock, or yield False. Who asks whether we live holds it for a moment, too."""
-    patience = time.monotonic() + 2
+    began, said = time.monotonic(), False
     while True:
         with fsio.exclusive_lock(path, wait=False) as lock:
-            if lock.ours or time.monotonic() > patience:
+            waited = time.monotonic() - began
+            if lock.ours or should_stop() or waited > (ORPHAN_SECONDS if record.restart else 2):
                 yield lock.ours
                 return
+        if waited > 2 and not said:
+            logger.warning(
+                "job %s: a process of its former start still runs, cut off from Slurm: waiting "
+                "for its end", record.job,
+            )  # fmt: skip
+            said = True
         time.sleep(0.05)
 
 
@@ -128,8 +158,11 @@ def read(path: Path) -> Record | None:
         return None
 
 
-def new_record(job: str, stage: str, name: str, config: str) -> Record:
-    """The record of a job that starts here and now."""
+def new_record(
+    job: str, stage: str, name: str, config: str, *, before: Record | None = None
+) -> Record:
+    """The record of a job that starts here and now; `before` is that of its former start."""
+    again = before is not None and before.restart < restart_count()
     return Record(
         job=job,
         stage=stage,
@@ -139,6 +172,7 @@ def new_record(job: str, stage: str, name: str, config: str) -> Record:
         restart=restart_count(),
         config=config,
         started=fsio.timestamp(),
+        fruitless=before.fruitless if before is not None and again else 0,
     )
 
 
@@ -164,7 +198,16 @@ def _state_of_process(logs: LogPaths, job: str) -> JobState:
     record = read(logs.record(job))
     if record is not None and record.host != socket.gethostname():
         return "unknown"  # a lock may not be seen from another host
-    if not logs.lock(job).exists():
-        return "gone"
+    if not logs.lock(job).exists():  # it may have another log folder
+        return "unknown" if _is_a_worker(job) else "gone"
     with fsio.exclusive_lock(logs.lock(job), wait=False) as lock:
         return "gone" if lock.ours and lock.sure else "running" if lock.sure else "unknown"
+
+
+def _is_a_worker(job: str) -> bool:
+    """Whether a process of ours has this number on this host."""
+    try:
+        command = Path(f"/proc/{job.removeprefix(LOCAL)}/cmdline").read_bytes()
+    except OSError:
+        return False
+    return b"tripletkit" in command or b"submitit.core" in command

@@ -26,6 +26,11 @@ class Stop:
         """The time limit is near, or the site announces preemption by a signal of ours."""
         return signal.SIGUSR1 in self.signals or signal.SIGUSR2 in self.signals
 
+    @property
+    def terminated(self) -> bool:
+        """Slurm ends the job: cancelled, preempted or at its time limit."""
+        return signal.SIGTERM in self.signals
+
 
 @contextlib.contextmanager
 def watch() -> Iterator[Stop]:

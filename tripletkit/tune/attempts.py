@@ -17,9 +17,10 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def begin(path: Path, mark: Mapping[str, Any], *, from_epoch: int) -> None:
-    """Note that an attempt starts; `mark` says whose it is."""
-    _write(path, [*read(path), {**mark, "started": fsio.timestamp(), "from_epoch": from_epoch}])
+def begin(path: Path, mark: Mapping[str, Any], *, from_epoch: int, from_step: int = 0) -> None:
+    """Note that an attempt starts; `mark` says whose it is, `from_step` what is on file."""
+    places = {"from_epoch": from_epoch, "from_step": from_step}
+    _write(path, [*read(path), {**mark, "started": fsio.timestamp(), **places}])
 
 
 def end(path: Path, outcome: str, *, cause: str | None = None, message: str | None = None) -> None:
@@ -32,13 +33,14 @@ def end(path: Path, outcome: str, *, cause: str | None = None, message: str | No
 
 
 def killed_in_a_row(path: Path) -> int:
-    """How many attempts in a row were killed without getting one epoch further."""
+    """How many attempts in a row were killed without getting further: an epoch, or a checkpoint."""
     count = 0
-    following: int | None = None
+    following: tuple[int, int] | None = None
     for attempt in reversed(read(path)):
-        if "outcome" in attempt or following not in (None, attempt["from_epoch"]):
+        place = (attempt["from_epoch"], attempt.get("from_step", 0))
+        if "outcome" in attempt or following not in (None, place):
             break
-        following = attempt["from_epoch"]
+        following = place
         count += 1
     return count
 

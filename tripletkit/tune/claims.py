@@ -7,6 +7,7 @@ the same parameters, reports and checkpoint, at whichever worker takes it.
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -15,7 +16,7 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from tripletkit import fsio
-from tripletkit.cluster.jobs import JobState
+from tripletkit.cluster.jobs import LOCAL, JobState
 from tripletkit.log import logger
 from tripletkit.tune.storage import SharedStudy, TurnLost
 
@@ -27,6 +28,7 @@ OBJECTIVE = "tripletkit:objective"
 
 # What the scheduler says of a job: "pending" jobs were requeued and come back, "gone" ones never.
 JobStates = Callable[[Iterable[str]], Mapping[str, JobState]]
+Owners = Mapping[int, Mapping[str, Any]]  # of trials, by number
 
 
 @dataclass(frozen=True)
@@ -80,10 +82,10 @@ def claim(shared: SharedStudy, worker: Worker, total: int, job_states: JobStates
     """
     while True:
         rivals = _rivals(shared, worker)
-        states = job_states({found["job"] for found in rivals.values()}) if rivals else {}
+        gone, pending = _by_state(rivals, worker.host, job_states)
         try:
             with shared.turn():
-                return _choose(shared, worker, total, rivals, states)
+                return _choose(shared, worker, total, gone, pending)
         except TurnLost:
             logger.debug("lost the turn at the study: choosing anew")
 
@@ -92,24 +94,20 @@ def _choose(
     shared: SharedStudy,
     worker: Worker,
     total: int,
-    rivals: Mapping[int, Mapping[str, Any]],
-    states: Mapping[str, JobState],
+    gone: Owners,
+    pending: Owners,
 ) -> Claim | None:
     trials = shared.study.get_trials(deepcopy=False)
     running = [t for t in trials if t.state == TrialState.RUNNING]
 
-    def left_by(state: JobState) -> list[FrozenTrial]:
-        """Trials of such jobs; unless somebody took them since we asked the scheduler."""
-        return [
-            t
-            for t in running
-            if (was := rivals.get(t.number)) and was == owner(t) and states.get(was["job"]) == state
-        ]
+    def still(owners: Owners) -> list[FrozenTrial]:
+        """Their trials; unless somebody took them since we asked the scheduler."""
+        return [t for t in running if t.number in owners and owners[t.number] == owner(t)]
 
-    mine = [t for t in running if (mark := owner(t)) and mark["job"] == worker.job]
+    mine = [t for t in running if (mark := owner(t)) and _is_ours(mark, worker)]
     # Owners are written before the turn ends: without one, the creator died in between.
     nobodys = [t for t in running if owner(t) is None]
-    for found in (*mine, *nobodys, *left_by("gone")):
+    for found in (*mine, *nobodys, *still(gone)):
         return _take(shared, worker, optuna.Trial(shared.study, found._trial_id))
     if len(trials) < total or any(t.state == TrialState.WAITING for t in trials):
         trial = shared.study.ask()
@@ -118,7 +116,7 @@ def _choose(
             shared.study.tell(trial, state=TrialState.FAIL)
             return None
         return _take(shared, worker, trial)
-    for found in left_by("pending"):
+    for found in still(pending):
         return _take(shared, worker, optuna.Trial(shared.study, found._trial_id))
     return None
 
@@ -134,14 +132,36 @@ def _take(shared: SharedStudy, worker: Worker, trial: optuna.Trial) -> Claim:
     return Claim(shared, trial, mark)
 
 
-def _rivals(shared: SharedStudy, worker: Worker) -> dict[int, dict[str, Any]]:
+def _is_ours(mark: Mapping[str, Any], worker: Worker) -> bool:
+    """Whether our job made this mark. Background processes are numbered by each host anew."""
+    same_host = mark["host"] == worker.host or not worker.job.startswith(LOCAL)
+    return bool(mark["job"] == worker.job and same_host)
+
+
+def _rivals(shared: SharedStudy, worker: Worker) -> Owners:
     """Trials in work at other jobs, and their owners."""
     running = shared.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
     return {
         t.number: found
         for t in running
-        if (found := owner(t)) is not None and found["job"] != worker.job
+        if (found := owner(t)) is not None and not _is_ours(found, worker)
     }
+
+
+def _by_state(owners: Owners, host: str, job_states: JobStates) -> tuple[Owners, Owners]:
+    """Those whose job is gone, and those whose job is pending.
+
+    Of another host's background processes nobody here knows.
+    """
+    known = {
+        number: mark
+        for number, mark in owners.items()
+        if mark["host"] == host or not mark["job"].startswith(LOCAL)
+    }
+    states = job_states({mark["job"] for mark in known.values()}) if known else {}
+    gone = {n: mark for n, mark in known.items() if states.get(mark["job"]) == "gone"}
+    pending = {n: mark for n, mark in known.items() if states.get(mark["job"]) == "pending"}
+    return gone, pending
 
 
 def open_trials(shared: SharedStudy, total: int) -> int:
@@ -154,13 +174,9 @@ def open_trials(shared: SharedStudy, total: int) -> int:
 def lost(shared: SharedStudy, job_states: JobStates) -> list[FrozenTrial]:
     """RUNNING trials whose job does not come back, or that never had one."""
     running = shared.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-    owners = {t.number: owner(t) for t in running}
-    states = job_states({found["job"] for found in owners.values() if found})
-    return [
-        t
-        for t in running
-        if (found := owners[t.number]) is None or states.get(found["job"]) == "gone"
-    ]
+    owners = {t.number: found for t in running if (found := owner(t)) is not None}
+    gone, _ = _by_state(owners, socket.gethostname(), job_states)
+    return [t for t in running if t.number not in owners or t.number in gone]
 
 
 def hand_back(shared: SharedStudy, trials: Iterable[FrozenTrial]) -> list[int]:

@@ -17,10 +17,11 @@ from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import exc
 
-from tripletkit.errors import StorageError
+from tripletkit.errors import StorageAway, StorageError
 from tripletkit.log import logger
 
 PATIENCE = 600.0  # seconds of trying before a call gives up
+LAST_PATIENCE = 10.0  # and once the process is asked to stop
 LONGEST_PAUSE = 15.0  # seconds between two tries
 
 T = TypeVar("T")
@@ -70,19 +71,21 @@ class Retry:
     """Calls a function until it succeeds, for up to `patience` seconds (default PATIENCE).
 
     `where` names the storage in messages. Says once that the storage is away and once that it is
-    back. Raises StorageError when it gives up, and at once for what waiting does not mend;
-    whatever is no fault of the storage passes through.
+    back. Raises StorageAway when it gives up, soon if `should_stop`, and StorageError at once for
+    what waiting does not mend; whatever is no fault of the storage passes through.
     """
 
     where: str
     patience: float | None = None
+    should_stop: Callable[[], bool] = bool  # never
     worked: bool = False
     away_since: float | None = None
 
     def __call__(self, call: Callable[[], T]) -> T:
         """The result of `call`."""
         patience = PATIENCE if self.patience is None else self.patience
-        deadline = time.monotonic() + patience
+        began = time.monotonic()
+        deadline = began + patience
         pause = 0.25
         while True:
             try:
@@ -90,11 +93,15 @@ class Retry:
             except TurnLost:
                 raise
             except _ERRORS as error:
-                left = deadline - time.monotonic()
                 if not _is_outage(error, self.worked):
-                    raise self._error("cannot be used", error) from error
+                    raise self._error("cannot be used", error, StorageError) from error
+                if self.should_stop():
+                    deadline = min(deadline, began + LAST_PATIENCE)
+                now = time.monotonic()
+                left = deadline - now
                 if left <= 0:
-                    raise self._error(f"has been away for {patience:.0f} s", error) from error
+                    what = f"has been away for {now - began:.0f} s"
+                    raise self._error(what, error, StorageAway) from error
                 if self.away_since is None:
                     self.away_since = time.monotonic()
                     logger.warning(
@@ -106,12 +113,20 @@ class Retry:
                     logger.info("%s is back after %.0f s", self.where, away)
                 self.away_since, self.worked = None, True
                 return result
-            time.sleep(min(pause * random.uniform(0.5, 1), left))  # noqa: S311 - no secret
+            self._sleep(min(pause * random.uniform(0.5, 1), left))  # noqa: S311 - no secret
             pause = min(2 * pause, LONGEST_PAUSE)
 
-    def _error(self, what: str, error: Exception) -> StorageError:
+    def _sleep(self, seconds: float) -> None:
+        """Sleep, but not long once we are asked to stop."""
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0:
+            time.sleep(min(left, 1.0))
+            if self.should_stop():
+                return
+
+    def _error(self, what: str, error: Exception, kind: type[StorageError]) -> StorageError:
         if isinstance(error, StorageError):
-            return error
+            return kind(error.message, hint=error.hint)
         why = reason(error)
         hint = "is it up, and reached from this machine? `tripletkit doctor` looks"
         if isinstance(error, json.JSONDecodeError):
@@ -119,7 +134,7 @@ class Retry:
         for pattern, remedy in _HINTS.items():
             if re.search(pattern, why):
                 hint = remedy
-        return StorageError(f"{self.where} {what}: {why}", hint=hint)
+        return kind(f"{self.where} {what}: {why}", hint=hint)
 
 
 def reason(error: BaseException) -> str:

@@ -32,7 +32,7 @@ from tripletkit.tune.postgresql import Server
 from tripletkit.tune.retry import Retry, RetryingStorage, TurnLost, redacted
 
 __all__ = ["WAYS_OUT", "Kind", "SharedStudy", "TurnLost", "create", "direction", "filesystem", "kind_of",
-           "location", "open_study"]  # fmt: skip
+           "location", "open_study", "reseed"]  # fmt: skip
 
 Kind = Literal["sqlite", "journal", "postgresql"]
 HOST = "tripletkit:host"
@@ -90,14 +90,20 @@ def create(tuning: Tuning) -> SharedStudy:
 
 
 def open_study(
-    tuning: Tuning, *, seed: int, workers: int, patience: float | None = None
+    tuning: Tuning,
+    *,
+    seed: int,
+    workers: int,
+    patience: float | None = None,
+    should_stop: Callable[[], bool] = bool,
 ) -> SharedStudy:
     """Open the study that `create` made. Workers need different seeds, or they propose the same.
 
     `workers` is how many share the server's connections. `patience`: seconds to wait for a storage
-    that is away, here and in every call (10 minutes). Raises StorageError, ConfigError as `create`.
+    that is away, here and in every call (10 minutes); once `should_stop`, only a few. Raises
+    StorageError, ConfigError as `create`.
     """
-    retry = Retry(location(tuning), patience)
+    retry = Retry(location(tuning), patience, should_stop)
     backend = _backend(tuning, retry, workers)
     absent = StorageError(
         f"there is no study {tuning.study_name!r} in {retry.where}",
@@ -118,6 +124,11 @@ def open_study(
     except KeyError:
         raise absent from None
     return _checked(study, tuning, backend)
+
+
+def reseed(shared: SharedStudy, tuning: Tuning, seed: int) -> None:
+    """Propose by another seed: one that depends on what the study holds."""
+    shared.study.sampler = _sampler(tuning, seed)
 
 
 def kind_of(tuning: Tuning) -> Kind:

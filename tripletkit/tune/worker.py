@@ -13,10 +13,16 @@ import torch
 
 from tripletkit import fsio, log
 from tripletkit.config import Config
-from tripletkit.errors import ConfigError, DivergedError, RunError, TripletkitError
+from tripletkit.errors import (
+    ConfigError,
+    DivergedError,
+    RunError,
+    StorageAway,
+    TripletkitError,
+)
 from tripletkit.log import logger
 from tripletkit.paths import StudyPaths, TrialPaths
-from tripletkit.train import loop
+from tripletkit.train import checkpoint, loop
 from tripletkit.train.loop import Data
 from tripletkit.tune import attempts, claims, space
 from tripletkit.tune.claims import Claim, JobStates, Worker
@@ -73,7 +79,8 @@ def run(
 ) -> Summary:
     """Work until the study has its total, or until the surroundings say that time is up.
 
-    Raises RunError after three failed trials in a row, DataError and StorageError at once.
+    Raises RunError after three failed trials in a row, and at once what is no fault of a trial:
+    ConfigError, DataError, StorageError.
     """
     should_stop, seconds_left = surroundings.should_stop, surroundings.seconds_left
     summary, failures, needed = Summary(), 0, FIRST_EPOCH_SECONDS
@@ -85,7 +92,8 @@ def run(
         if claim is None:
             logger.info("nothing left to do in study %s", config.tuning.study_name)
             return summary
-        trial = _Trial(claim, config, paths.trial(claim.trial.number))
+        proven = not {"complete", "pruned"}.isdisjoint(summary.ended)
+        trial = _Trial(claim, config, paths.trial(claim.trial.number), proven=proven)
         ended = trial.run(surroundings.load_data, should_stop)
         needed = trial.first_epoch_seconds or needed
         summary.ended.append(ended.outcome)
@@ -96,7 +104,10 @@ def run(
                 f"{failures} trials in a row failed",
                 hint=f"see {trial.paths.log} and `tripletkit why {claim.trial.number}`",
             )
-    summary.open = claims.open_trials(shared, config.tuning.total) > 0
+    try:
+        summary.open = claims.open_trials(shared, config.tuning.total) > 0
+    except StorageAway:
+        summary.open = True  # nobody can say
     return summary
 
 
@@ -108,20 +119,31 @@ def _cause(error: Exception) -> tuple[str, str] | None:
         return "host_oom", f"out of memory: {error}"
     if isinstance(error, DivergedError):
         return "nan", error.message
-    if isinstance(error, ConfigError):
+    if isinstance(error, _BadParametersError):
         return "bad_configuration", error.message
-    return None
+    if isinstance(error, TripletkitError | OSError) or "CUDA error" in str(error):
+        return None  # configuration, data, storage, disk, a broken GPU
+    return "bug", f"{type(error).__name__}: {error}"
+
+
+class _BadParametersError(ConfigError):
+    """Parameters of the trial that cannot be used, whatever the others are."""
 
 
 class _Trial:
     """One attempt at one trial."""
 
-    def __init__(self, claim: Claim, config: Config, paths: TrialPaths) -> None:
+    def __init__(
+        self, claim: Claim, config: Config, paths: TrialPaths, *, proven: bool = False
+    ) -> None:
+        """`proven`: this worker has trained another trial, so that it can."""
         self.claim = claim
+        self.proven = proven
         self.trial = claim.trial
         self.config = config
         self.objective = config.tuning.objective
         self.paths = paths
+        self.attempting = False
         self.began = 0.0
         self.first_epoch_seconds: float | None = None
         self.asked_at = -float("inf")
@@ -130,52 +152,69 @@ class _Trial:
     def run(self, load_data: Callable[[Config], Data], should_stop: Callable[[], bool]) -> Ended:
         """Train the trial, or go on with it, and tell the study how it ended."""
         with log.also_to(self.paths.log):
-            if (kills := attempts.killed_in_a_row(self.paths.attempts)) >= KILLS_IN_A_ROW:
-                return self._failed("killed", f"killed {kills} times without finishing an epoch")
-            self._report_what_is_on_file()
-            attempts.begin(
-                self.paths.attempts, self.claim.owner, from_epoch=max(self._reported(), default=0)
-            )
             try:
+                if (kills := attempts.killed_in_a_row(self.paths.attempts)) >= KILLS_IN_A_ROW:
+                    return self._failed("killed", f"killed {kills} times without getting further")
+                self._report_what_is_on_file()
+                attempts.begin(
+                    self.paths.attempts,
+                    self.claim.owner,
+                    from_epoch=max(self._reported(), default=0),
+                    from_step=self._step_on_file(),
+                )
+                self.attempting = True
                 return self._train(load_data, should_stop)
             except optuna.TrialPruned:
                 return self._finish("pruned", state=optuna.trial.TrialState.PRUNED)
-            except TakenOver:
+            except (TakenOver, optuna.exceptions.UpdateFinishedTrialError):
                 return self._taken_over()
             except Exception as error:
-                cause = _cause(error)
-                if cause is not None:
-                    return self._failed(*cause)
-                if isinstance(
-                    error, TripletkitError | OSError
-                ):  # data, storage, disk: not its fault
-                    self._give_back(str(error))
-                else:
-                    self._failed("bug", f"{type(error).__name__}: {error}")
-                raise
+                if (cause := _cause(error)) is None:
+                    self._give_back(str(error), storage=not isinstance(error, StorageAway))
+                    raise
+                ended = self._failed(*cause)
+                if cause[0] == "bug":
+                    raise
+                return ended
 
     def _train(self, load_data: Callable[[Config], Data], should_stop: Callable[[], bool]) -> Ended:
-        self._wait_for_folder(should_stop)
-        params = space.suggest(self.trial, self.config.tuning.space)
-        logger.info("trial %d: %s", self.trial.number, json.dumps(params))
-        config = space.trial_config(self.config, params, self.paths)
+        if not self._has_folder(should_stop):
+            self._give_back("asked to stop")
+            return Ended("stopped", progress=False)
+        try:
+            params = space.suggest(self.trial, self.config.tuning.space)
+            logger.info("trial %d: %s", self.trial.number, json.dumps(params))
+            config = space.trial_config(self.config, params, self.paths)
+        except ConfigError as error:
+            raise _BadParametersError(error.message, hint=error.hint) from error
         data = load_data(config)
         self.began = time.monotonic()
-        result = loop.train(config, data, self.paths, report=self._report, should_stop=should_stop)
+        try:
+            result = loop.train(
+                config, data, self.paths, report=self._report, should_stop=should_stop
+            )
+        except ConfigError as error:  # the trial's, or what all trials have in common
+            if not self.proven:
+                raise
+            raise _BadParametersError(error.message, hint=error.hint) from error
         if result.status == "stopped":
             self._give_back("asked to stop")
             return Ended("stopped", progress=result.steps > 0)
         return self._finish("complete", value=result.best_metrics[self.objective])
 
-    def _wait_for_folder(self, should_stop: Callable[[], bool]) -> None:
-        """Wait for a process that was cut off from the scheduler, until it sees that it lost."""
+    def _has_folder(self, should_stop: Callable[[], bool]) -> bool:
+        """Wait for a process that was cut off from the scheduler, until it sees that it lost.
+
+        False if we are asked to stop meanwhile.
+        """
         for _ in range(BUSY_SECONDS):
             with fsio.exclusive_lock(self.paths.lock, wait=False) as lock:
                 if lock.ours:
-                    return
+                    return True
             if should_stop():
-                return
+                return False
             time.sleep(1)
+        return True  # training says who holds it
 
     def _report(self, epoch: int, metrics: Mapping[str, float]) -> None:
         """Tell the study an epoch's value; ends the trial if it is pruned, or no longer ours."""
@@ -209,6 +248,11 @@ class _Trial:
             if self.objective in record and record["epoch"] not in self._reported():
                 self.trial.report(record[self.objective], record["epoch"])
 
+    def _step_on_file(self) -> int:
+        """The step of the newest checkpoint."""
+        found = checkpoint.newest(self.paths.saved())
+        return found[1].get("global_step", 0) if found else 0
+
     def _reported(self) -> Mapping[int, float]:
         return self.trial._cached_frozen_trial.intermediate_values
 
@@ -234,7 +278,20 @@ class _Trial:
         logger.warning("trial %d was taken over by another worker", self.trial.number)
         return Ended("taken over")
 
-    def _give_back(self, why: str) -> None:
-        logger.info("trial %d: %s; whoever is free goes on with it", self.trial.number, why)
-        attempts.end(self.paths.attempts, "stopped", cause="stopped", message=why)
-        self.claim.release()
+    def _give_back(self, why: str, *, storage: bool = True) -> None:
+        """Let others go on; where the `storage` is away, our job itself does when it is back."""
+        try:
+            if storage and not self.claim.holds():
+                self._taken_over()
+                return
+            self._note_end(why)  # before the next owner writes there
+            if storage:
+                logger.info("trial %d: %s; whoever is free goes on with it", self.trial.number, why)
+                self.claim.release()
+        except StorageAway as error:
+            logger.warning("trial %d stays with this job: %s", self.trial.number, error.message)
+            self._note_end(why)
+
+    def _note_end(self, why: str) -> None:
+        if self.attempting:
+            attempts.end(self.paths.attempts, "stopped", cause="stopped", message=why)

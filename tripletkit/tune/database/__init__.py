@@ -8,10 +8,11 @@ from tripletkit.tune.database.client import (
     status,
     wait_until_up,
 )
-from tripletkit.tune.database.job import serve
+from tripletkit.tune.database.job import BY_SIGNAL, serve
 from tripletkit.tune.database.server import Connection
 
 __all__ = [
+    "BY_SIGNAL",
     "Connection",
     "Status",
     "connection",

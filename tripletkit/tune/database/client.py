@@ -14,16 +14,20 @@ from pathlib import Path
 import psycopg2
 
 from tripletkit.cluster import jobs, queue
-from tripletkit.errors import ClusterError, StorageError
+from tripletkit.errors import ClusterError, ConfigError, StorageError
 from tripletkit.log import logger
 from tripletkit.tune.database import lease, server
-from tripletkit.tune.database.lease import STALE_AFTER, Beats
+from tripletkit.tune.database.lease import STALE_AFTER, Beats, Holder
+from tripletkit.tune.database.programs import tail
 from tripletkit.tune.database.server import SUPERUSER, Connection, DatabasePaths
 
 POOLED_WORKERS = 90  # as in tune/postgresql.py
 ROOM = 20  # connections for commands, people, and PostgreSQL's reserve for its superuser
+LEAST = 300  # connections, as in slurm/database.sbatch
 DOWN_SECONDS = 300.0  # to stop and write the dump
+LEAVE_SECONDS = 30.0  # for a job to leave the queue; then it is there for something else
 LOOK_AT_LOCAL, LOOK_AT_SLURM = 1.0, 15.0  # seconds between two looks at a job
+LOOK_AT_LEAVING = 2.0  # and at one that is to end soon
 POLL = 0.5  # seconds between two looks at the folder
 
 
@@ -61,13 +65,18 @@ def max_connections_for(workers: int) -> int:
     """Connections that a server needs for so many workers.
 
     Up to POOLED_WORKERS of them keep one and use three at times. Of more workers each has one for a
-    moment, between trainings; the server needs memory for a connection only while it is open.
+    moment, between trainings; the server needs memory for a connection only while it is open. So
+    there are LEAST: who starts a database may not know yet how many workers it will have.
     """
-    return workers + 2 * min(workers, POOLED_WORKERS) + ROOM
+    return max(LEAST, workers + 2 * min(workers, POOLED_WORKERS) + ROOM)
 
 
 def connection(folder: Path) -> Connection:
-    """How to reach the database of `folder`, now: it may move. Raises StorageError if it is down."""
+    """How to reach the database of `folder`, now: it may move.
+
+    Raises StorageError if it is down, and ConfigError if it is not for this host: no waiting mends
+    that.
+    """
     try:
         found = json.loads(DatabasePaths(folder).connection.read_text())
     except (FileNotFoundError, NotADirectoryError):
@@ -81,17 +90,20 @@ def connection(folder: Path) -> Connection:
         ) from None
     node = found.pop("node")
     if ipaddress.ip_address(found["host"]).is_loopback and node != socket.gethostname():
-        raise StorageError(
+        raise ConfigError(
             f"the PostgreSQL in {folder} serves only processes on {node}",
-            hint="`tripletkit db down`, then `tripletkit db up --cluster slurm`",
+            hint=f"`tripletkit db down {folder}`, then `tripletkit db up {folder} --cluster slurm`",
         )
     return Connection(**found)
 
 
-def wait_until_up(folder: Path, deadline: float, job: str | None = None) -> Connection:
+def wait_until_up(
+    folder: Path, deadline: float, job: str | None = None, log: Path | None = None
+) -> Connection:
     """Wait until the database accepts connections, at most until time.monotonic() is `deadline`.
 
-    With `job`, the one that is to serve, a job that ends is noticed. Raises StorageError.
+    With `job`, the one that is to serve, a job that ends is noticed, and the end of its `log` shown.
+    Raises StorageError.
     """
     paths = DatabasePaths(folder)
     before = lease.read(paths.record)
@@ -101,7 +113,7 @@ def wait_until_up(folder: Path, deadline: float, job: str | None = None) -> Conn
             found = connection(folder)
             found.open().close()
             return found
-        except StorageError as error:
+        except (StorageError, ConfigError) as error:  # perhaps a former server's address
             why = error.message
         except psycopg2.OperationalError as error:
             why = " ".join(str(error).split())
@@ -113,7 +125,7 @@ def wait_until_up(folder: Path, deadline: float, job: str | None = None) -> Conn
         if job is not None and time.monotonic() >= next_look:
             pause = LOOK_AT_LOCAL if job.startswith(jobs.LOCAL) else LOOK_AT_SLURM
             next_look = time.monotonic() + pause
-            before_state, job_state = job_state, _job_state(job)
+            before_state, job_state = job_state, _job_state(job, log)
             if job_state != before_state:
                 logger.info("%s", job_state)
         if time.monotonic() > deadline:
@@ -124,24 +136,28 @@ def wait_until_up(folder: Path, deadline: float, job: str | None = None) -> Conn
         time.sleep(POLL)
 
 
-def _job_state(job: str) -> str:
+def _job_state(job: str, log: Path | None) -> str:
     """How the job is. Raises StorageError if it has ended."""
-    ended = "has ended"
+    ended = f"job {job} has ended"
     if job.startswith(jobs.LOCAL):
         stat = Path("/proc", job.removeprefix(jobs.LOCAL), "stat")  # proc_pid_stat(5)
         with contextlib.suppress(FileNotFoundError):
             if stat.read_text().rpartition(")")[2].split()[0] not in "ZX":
                 return f"job {job} runs"
     else:
-        if rows := queue.queued([job]):
-            return f"job {job} is {rows[0].state}" + (
-                f" ({rows[0].reason})" if rows[0].reason else ""
-            )
-        if runs := queue.past([job]):
-            ended = f"has ended ({runs[-1].state})"
-    raise StorageError(
-        f"job {job} {ended}, and its database is not up", hint=f"`tripletkit logs {job}` shows why"
-    )
+        try:
+            if rows := queue.queued([job]):
+                return f"job {job} is {rows[0].state}" + (
+                    f" ({rows[0].reason})" if rows[0].reason else ""
+                )
+            if runs := queue.past([job]):
+                ended += f" ({runs[-1].state})"
+        except ClusterError as error:
+            return f"cannot ask Slurm about job {job}: {error.message}"
+    message = f"{ended}, and its database is not up"
+    if log is not None and log.exists() and (said := tail(log.read_text(errors="replace"))):
+        message += f"; the end of {log}:\n{said}"
+    raise StorageError(message, hint=f"`tripletkit logs {job}` shows more")
 
 
 def status(folder: Path) -> Status:
@@ -161,13 +177,13 @@ def status(folder: Path) -> Status:
         with closing(superuser.open()) as opened, opened.cursor() as cursor:
             cursor.execute(_USE, [found.database])
             used, most, size = cursor.fetchone()
-    except (StorageError, psycopg2.OperationalError) as error:
+    except (StorageError, ConfigError, psycopg2.OperationalError) as error:
         silent = time.time() - paths.record.stat().st_mtime
         if silent > 2 * STALE_AFTER:  # clocks differ
             return replace(known, message=f"not heard of for {silent:.0f} s")
         if holder.state != "up":
             return replace(known, state=holder.state)
-        why = error.message if isinstance(error, StorageError) else " ".join(str(error).split())
+        why = " ".join(str(error).split())
         return replace(known, state="unreachable", message=why)
     return replace(
         known, state="up", host=found.host, port=found.port,
@@ -183,7 +199,7 @@ _USE = """
 
 
 def down(folder: Path) -> None:
-    """Stop the database and wait for its dump; its job, if it waits to run again, is cancelled.
+    """Stop the database and wait for its dump; its job, if it is to run again, is cancelled.
 
     The request lies in the folder, so it reaches every machine, and leaves time for the dump, unlike
     a signal. Raises StorageError if there is no database, and if its server does not react.
@@ -195,37 +211,62 @@ def down(folder: Path) -> None:
             f"there is no database in {folder}",
             hint="for a job that has not started yet: `tripletkit cancel JOB`",
         )
-    if _cancelled(holder.job):
-        logger.info("cancelled job %s, which waited to run again", holder.job)
-        return
+    complaint = ""
     if holder.over:
         logger.info("the database in %s is down already", folder)
-        return
+    elif _queue_state(holder.job) not in jobs.PENDING:
+        complaint = _stop(paths, holder)
+    _keep_down(paths, holder)
+    if complaint:
+        raise StorageError(f"{holder} has stopped: {complaint}")
+
+
+def _stop(paths: DatabasePaths, holder: Holder) -> str:
+    """Ask a server to stop, and wait until it has; returns what went wrong."""
     paths.stop.write_text(holder.token)  # in place: a network file system sees it at once
     beats, deadline = Beats(paths.record), time.monotonic() + DOWN_SECONDS
     while (now := lease.read(paths.record)) and now.token == holder.token and not now.over:
         if beats.silent() > STALE_AFTER:
             logger.warning("%s died without a dump; its data are in %s", holder, paths.data)
-            return
+            return ""
         if time.monotonic() > deadline:
             raise StorageError(
                 f"{holder} does not stop", hint=f"`tripletkit cancel {holder.job}` ends its job"
             )
         time.sleep(POLL)
     if now is not None and now.token == holder.token and now.message:
-        raise StorageError(f"{holder} has stopped: {now.message}")
+        return now.message
     logger.info("stopped; dump: %s", paths.dump)
+    return ""
 
 
-def _cancelled(job: str) -> bool:
-    """Cancel a job that waits in the queue, after a requeue."""
-    if job.startswith(jobs.LOCAL):
-        return False
+def _keep_down(paths: DatabasePaths, holder: Holder) -> None:
+    """See the job of a server that has stopped out of the queue.
+
+    It may be about to ask for another start, or Slurm be about to requeue it: until it has ended it
+    is COMPLETING, and then it waits.
+    """
+    deadline = time.monotonic() + LEAVE_SECONDS
+    while state := _queue_state(holder.job):
+        if state in jobs.PENDING or state == "COMPLETING":  # if it ends anyway, nothing happens
+            queue.cancel([holder.job])
+            if state in jobs.PENDING:
+                logger.info("cancelled job %s, which waited to run again", holder.job)
+        elif (now := lease.read(paths.record)) and now.token != holder.token:
+            down(paths.root)  # it runs again
+            return
+        if time.monotonic() > deadline:
+            logger.warning("job %s is still %s", holder.job, state)
+            return
+        time.sleep(LOOK_AT_LEAVING)
+
+
+def _queue_state(job: str) -> str:
+    """Of a job in the queue; "" if it is not there, or is the one that we run in ourselves."""
+    if job.startswith(jobs.LOCAL) or job == jobs.current_job():
+        return ""
     try:
-        waits = any(row.state in jobs.PENDING for row in queue.queued([job]))
+        return next((row.state for row in queue.queued([job])), "")
     except ClusterError as error:
         logger.warning("cannot ask Slurm about job %s: %s", job, error.message)
-        return False
-    if waits:
-        queue.cancel([job])
-    return waits
+        return ""

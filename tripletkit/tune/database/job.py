@@ -34,6 +34,7 @@ FENCE = 125.0
 # A signal to every process of a job may reach the server before us.
 SIGNAL_SECONDS = 5.0
 POLL = 0.5  # seconds between two looks at the server
+BY_SIGNAL, BY_DOWN = "a signal", "`tripletkit db down`"  # who asks a server to stop
 
 
 def serve(folder: Path, *, max_connections: int, should_stop: Callable[[], bool]) -> str:
@@ -46,13 +47,16 @@ def serve(folder: Path, *, max_connections: int, should_stop: Callable[[], bool]
 
     def tick() -> None:
         if should_stop():
-            raise _AskedToStop("a signal")
+            raise _AskedToStop(BY_SIGNAL)
 
     with _private_files():
         _prepare(paths)
         try:
             with lease.hold(paths.record, jobs.current_job(), tick) as hold:
-                return _serve(paths, hold, max_connections, tick)
+                stopped_by = _serve(paths, hold, max_connections, tick)
+            # `down` may have come while we stopped, and has said that we do. From now on it finds
+            # that we have stopped, and sees to our job.
+            return BY_DOWN if _asked_down(paths, hold.lease) else stopped_by
         except _AskedToStop as stop:  # before the folder was ours
             return str(stop)
 
@@ -68,9 +72,8 @@ def _serve(paths: DatabasePaths, hold: Hold, max_connections: int, check_signal:
     def tick() -> None:
         ours.beat()
         check_signal()
-        with contextlib.suppress(OSError):
-            if paths.stop.read_text() == ours.holder.token:
-                raise _AskedToStop("`tripletkit db down`")
+        if _asked_down(paths, ours):
+            raise _AskedToStop(BY_DOWN)
 
     found = programs.find(paths.data)
     _give_to(found.owner, paths.root)
@@ -86,6 +89,12 @@ def _serve(paths: DatabasePaths, hold: Hold, max_connections: int, check_signal:
             if ours.holder.state == "stopping":
                 _dump(postgres, ours)
             return str(stop)
+
+
+def _asked_down(paths: DatabasePaths, ours: Lease) -> bool:
+    with contextlib.suppress(OSError):
+        return paths.stop.read_text() == ours.holder.token
+    return False
 
 
 def _run(postgres: Postgres, ours: Lease, max_connections: int, tick: Tick) -> NoReturn:
