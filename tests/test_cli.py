@@ -200,6 +200,15 @@ def test_config_file_through_the_module(files, tmp_path):
     assert run_paths(tmp_path / "checkpoints").final.exists()
 
 
+def test_a_storage_path_on_the_command_line_beats_the_address_in_the_file(run, files, tmp_path):
+    (tmp_path / "config.toml").write_text(
+        "[tuning]\nstorage_url = 'postgresql://me@127.0.0.1:1/production'\n"
+    )
+    arguments = [*use(files, "train", "val"), "--cluster=here", "--prepare"]
+    assert run("tune", *arguments, "--storage-path=test.journal") == 0
+    assert (tmp_path / "test.journal").exists()
+
+
 def test_interrupted_run_saves_exits_130_and_goes_on(files, tmp_path):
     command = [
         sys.executable, "-m", "tripletkit", "train", *use(files, "train", "val"),

@@ -124,7 +124,9 @@ def test_bad_value_names_where_it_came_from(override, where, what):
     ],
 )
 def test_mistyped_override_names_the_nearest(override, hint):
-    assert refused(overrides=[override]).hint == hint
+    error = refused(overrides=[override])
+    assert error.message.startswith(f"--set {override.removesuffix('=1')}: ")
+    assert error.hint == hint
 
 
 def test_override_must_have_a_value():
@@ -166,10 +168,64 @@ def test_named_checkpoint_is_a_path_like_the_others(monkeypatch):
     assert loaded.training.resume_from_checkpoint == "/home/ada/a.pt"
 
 
-def test_password_in_the_storage_url_is_refused_and_not_repeated():
-    message = refused(overrides=["tuning.storage_url=postgresql://u:SECRET@h/db"]).message
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://u:SECRET@h/db",
+        "postgresql://u@h/db?password=SECRET",
+        "postgresql://u@h/db?sslmode=require&sslpassword=SECRET",
+        "postgresql://u@h/db?SSLPassw%6Frd=SECRET",
+    ],
+)
+def test_password_in_the_storage_url_is_refused_and_not_repeated(url):
+    message = refused(overrides=[f"tuning.storage_url={url}"]).message
     assert "PGPASSFILE" in message
     assert "SECRET" not in message
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "tuning.storage_ur=postgresql://u:SECRET@h/db",
+        "tunin.storage_url=postgresql://u:SECRET@h/db",
+        "tuning.storage-url=postgresql://u:SECRET@h/db",
+        "tuning.storage_url.x=postgresql://u:SECRET@h/db",
+        "postgresql://u:SECRET@h/db",
+        "tuning.storage_path=postgresql://u:SECRET@h/db",
+        "tuning.storage_url=mysql://u:SECRET@h/db",
+        "tuning.storage_url=postgresql://u:[SECRET]@h/db",
+        "slurm.setup=[{PGPASSWORD='SECRET'}]",
+        "slurm.setup=[['export PGPASSWORD=SECRET']]",
+    ],
+)
+def test_a_value_that_may_hold_a_password_is_never_repeated(override):
+    error = refused(overrides=[override])
+    assert "SECRET" not in error.message + str(error.hint)
+
+
+def test_a_value_of_the_file_that_may_hold_a_password_is_never_repeated(tmp_path):
+    for line in ('setup = "export PGPASSWORD=SECRET"', 'setup = { PGPASSWORD = "SECRET" }'):
+        assert "SECRET" not in refused(write(tmp_path, f"[slurm]\n{line}\n")).message
+
+
+def test_where_the_study_is_the_last_word_counts(tmp_path):
+    """A storage_url comes before a storage_path only where both are said at one place."""
+    url, path = "postgresql://me@h/production", tmp_path / "test.journal"
+    file = write(tmp_path, f"[tuning]\nstorage_url = '{url}'\nstorage_path = 'study.db'\n")
+    environ = {"TRIPLET_TRAINING_STORAGE_PATH": str(path)}
+    both = {**environ, "TRIPLET_TRAINING_STORAGE_URL": url + "2"}
+    flag = f"tuning.storage_path={path}"
+
+    def where(*given):
+        tuning = config.load(file, *given).tuning
+        return tuning.storage_url or tuning.storage_path
+
+    assert where((), {}) == url
+    assert where([flag], {}) == path
+    assert where((), environ) == path
+    assert where((), both) == url + "2"
+    assert where([flag], both) == path
+    assert where([f"tuning.storage_url={url}3"], environ) == url + "3"
 
 
 def test_a_value_is_not_a_table():

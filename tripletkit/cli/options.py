@@ -71,12 +71,10 @@ def load_study(path: Path | None, overrides: Sequence[str] | None) -> Config:
     own = stages.study_paths(loaded).config
     if not own.exists():
         return loaded
-    tuning = config.load(own, environ={}).tuning.model_dump()
-    flags = {text.partition("=")[0] for text in overrides or ()}
-    tuning = {key: value for key, value in tuning.items() if f"tuning.{key}" not in flags}
-    if "tuning.storage_path" in flags:  # asks for that file, not for the address of before
-        tuning.pop("storage_url", None)
-    return config.with_values(loaded, tuning=tuning)
+    flags = [text for text in overrides or () if text.startswith("tuning.")]
+    tuning = config.load(own, flags, environ={}).tuning
+    # This is where we found it: it may have been moved here.
+    return config.with_values(loaded, tuning=tuning.model_dump(exclude={"output_dir"}))
 
 
 def help_if_alone(context: typer.Context) -> None:

@@ -23,6 +23,7 @@ from tripletkit.log import logger
 
 ENV_PREFIX = "TRIPLET_TRAINING_"
 DEFAULT_FILE = Path("config.toml")
+MAY_HOLD_A_PASSWORD = ("storage_url", "storage_path", "setup")  # by mistake; never repeated
 
 
 def sections() -> dict[str, type[Section]]:
@@ -181,20 +182,19 @@ def _from_environment(environ: Mapping[str, str]) -> list[tuple[str, str, str, s
 def _from_flags(overrides: Sequence[str]) -> list[tuple[str, str, str, str]]:
     found = []
     for text in overrides:
+        where = "--set " + re.split(r"[^\w.-]", text, maxsplit=1)[0]  # the value may be secret
         match = re.fullmatch(r"([a-z_]+)\.([a-z0-9_.]+)=(.*)", text, re.DOTALL)
         if match is None:
-            raise ConfigError(f"--set {text}: not of the form section.key=value")
+            raise ConfigError(f"{where}: not of the form section.key=value")
         section, key, value = match.groups()
         if section not in sections():
             near = difflib.get_close_matches(section, sections(), 1, cutoff=0)[0]
-            raise ConfigError(
-                f"--set {text}: no section {section!r}", hint=f"did you mean {near!r}?"
-            )
+            raise ConfigError(f"{where}: no section {section!r}", hint=f"did you mean {near!r}?")
         name, _, rest = key.partition(".")
-        _check_key(section, name, f"--set {text}")
+        _check_key(section, name, where)
         if rest and name != "space":
-            raise ConfigError(f"--set {text}: {name!r} is a value, not a table")
-        found.append((section, key, value, f"--set {section}.{key}"))
+            raise ConfigError(f"{where}: {name!r} is a value, not a table")
+        found.append((section, key, value, where))
     return found
 
 
@@ -202,6 +202,8 @@ def _assign(raw: dict[str, Any], section: str, key: str, text: str) -> None:
     """Put `text` at its place; text becomes a list or table only where the key holds one."""
     name, _, rest = key.partition(".")
     table = raw.setdefault(section, {})
+    if name == "storage_path":  # asks for that one, not for an address of lower precedence
+        table.pop("storage_url", None)
     if rest:  # tuning.space.learning_rate.low=1e-5
         if key.startswith("space."):  # change one range, keep the others
             table.setdefault("space", {k: r.model_dump() for k, r in DEFAULT_SPACE.items()})
@@ -245,7 +247,7 @@ def _explain(error: ValidationError, origin: Mapping[tuple[str, str], str]) -> C
         where = origin.get((section, key), f"[{section}] {'.'.join(place[1:])}".strip())
         message = problem["msg"].removeprefix("Value error, ")
         message = message[0].lower() + message[1:]
-        if key and key != "storage_url" and not isinstance(problem["input"], dict):
+        if key and key not in MAY_HOLD_A_PASSWORD and not isinstance(problem["input"], dict):
             message += f" (got {problem['input']!r})"
         lines.append(f"{where}: {message}" if section else message)
     return ConfigError("\n".join(lines))

@@ -325,17 +325,30 @@ class Tuning(Section):
     )
     space: dict[str, Range] = Field(DEFAULT_SPACE, description="The search space.")
 
+    @field_validator("storage_path", mode="before")
+    @classmethod
+    def _no_address_as_a_path(cls, value: object) -> object:
+        if "://" in str(value):
+            raise ValueError(
+                "is an address: write the path alone, or a PostgreSQL's address as storage_url"
+            )
+        return value
+
     @field_validator("storage_url")
     @classmethod
     def _no_password_in_the_url(cls, value: str | None) -> str | None:
         if value is None:
             return None
-        url = urlsplit(value)
+        try:
+            url = urlsplit(value)
+        except ValueError:  # its message repeats what is between brackets
+            raise ValueError("is not a valid address") from None
         if url.scheme not in ("postgresql", "postgres", "postgresql+psycopg2"):
             raise ValueError(
                 "must begin with postgresql:// (SQLite and journal files go into storage_path)"
             )
-        if url.password is not None or "password" in parse_qs(url.query):
+        options = parse_qs(url.query, keep_blank_values=True)  # also sslpassword is one
+        if url.password is not None or any("password" in key.lower() for key in options):
             raise ValueError(
                 "holds a password, which would end up in logs and run folders: take it out and "
                 "put it into the file that PGPASSFILE names"

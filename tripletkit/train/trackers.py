@@ -11,7 +11,7 @@ from typing import Any
 
 from tripletkit import fsio
 from tripletkit.config import Logging
-from tripletkit.errors import ConfigError
+from tripletkit.errors import ConfigError, RunError
 from tripletkit.log import logger
 from tripletkit.paths import RunPaths
 
@@ -48,7 +48,11 @@ class MetricsFile:
 def open_trackers(
     section: Logging, paths: RunPaths, config: Mapping[str, Any]
 ) -> Iterator[list[Tracker]]:
-    """The optional trackers that the configuration asks for, closed at the end."""
+    """The optional trackers that the configuration asks for, closed at the end.
+
+    From here on they do not raise: one that fails is dropped, with a warning.
+    Raises ConfigError if one is not installed, and RunError if W&B does not let us in.
+    """
     with contextlib.ExitStack() as stack:
         trackers: list[Tracker] = []
         if section.tensorboard:
@@ -58,8 +62,48 @@ def open_trackers(
         yield trackers
 
 
-@contextlib.contextmanager
-def _tensorboard(paths: RunPaths) -> Iterator[Tracker]:
+class _Expendable:
+    """A tracker that training goes on without as soon as it raises anything."""
+
+    def __init__(
+        self,
+        name: str,
+        log: Tracker,
+        finish: Callable[[int], object],
+        abandon: Callable[[], object] = lambda: None,
+    ) -> None:
+        """`finish(exit_code)` ends it well; `abandon()` clears away what is left of it."""
+        self._name = name
+        self._log = log
+        self._finish = finish
+        self._abandon = abandon
+        self._lost = False
+
+    def __call__(self, epoch: int, metrics: Mapping[str, float]) -> None:
+        self._attempt(lambda: self._log(epoch, metrics))
+
+    def __enter__(self) -> _Expendable:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *error: object) -> None:
+        self._attempt(lambda: self._finish(0 if kind is None else 1))
+
+    def _attempt(self, call: Callable[[], object]) -> None:
+        if self._lost:
+            return
+        try:
+            call()
+        except Exception as error:  # noqa: BLE001 - whatever it is, no run is worth it
+            self._lost = True
+            logger.warning(
+                "%s lost: %s; training goes on without it",
+                self._name, str(error) or type(error).__name__,
+            )  # fmt: skip
+            with contextlib.suppress(Exception):
+                self._abandon()
+
+
+def _tensorboard(paths: RunPaths) -> _Expendable:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
@@ -67,18 +111,17 @@ def _tensorboard(paths: RunPaths) -> Iterator[Tracker]:
             "logging.tensorboard is on but tensorboard is not installed",
             hint="pip install 'tripletkit[tensorboard]'",
         ) from None
-    with SummaryWriter(str(paths.tensorboard)) as writer:
+    writer = SummaryWriter(str(paths.tensorboard))
 
-        def track(epoch: int, metrics: Mapping[str, float]) -> None:
-            for name, value in metrics.items():
-                writer.add_scalar(name, value, epoch)
-            writer.flush()
+    def log(epoch: int, metrics: Mapping[str, float]) -> None:
+        for name, value in metrics.items():
+            writer.add_scalar(name, value, epoch)
+        writer.flush()
 
-        yield track
+    return _Expendable("TensorBoard", log, lambda _: writer.close())
 
 
-@contextlib.contextmanager
-def _wandb(section: Logging, paths: RunPaths, config: Mapping[str, Any]) -> Iterator[Tracker]:
+def _wandb(section: Logging, paths: RunPaths, config: Mapping[str, Any]) -> _Expendable:
     try:
         import wandb
     except ImportError:
@@ -98,14 +141,15 @@ def _wandb(section: Logging, paths: RunPaths, config: Mapping[str, Any]) -> Iter
             id=fsio.digest([str(paths.root.absolute())]),  # a continued run stays one run
             resume="allow" if section.wandb_mode == "online" else None,
         )
-    except wandb.errors.Error as error:
-        raise ConfigError(
-            f"Weights & Biases: {error}",
-            hint='log in with `wandb login`, or set logging.wandb_mode = "offline"',
-        ) from None
-    try:
-        yield lambda epoch, metrics: run.log({"epoch": epoch, **metrics})
-    except BaseException:
-        run.finish(exit_code=1)
-        raise
-    run.finish()
+    except Exception as error:  # no ConfigError, which would count as the fault of a trial
+        raise RunError(
+            f"Weights & Biases cannot be used: {str(error) or type(error).__name__}",
+            hint="`wandb login` if it is the key; --set logging.wandb_mode=offline writes to disk "
+            "for a later `wandb sync`; --set logging.wandb_enabled=false does without",
+        ) from error
+    return _Expendable(
+        "W&B",
+        lambda epoch, metrics: run.log({"epoch": epoch, **metrics}),
+        lambda exit_code: run.finish(exit_code=exit_code),
+        wandb.teardown,  # else the next run in this process would talk to the service that is gone
+    )

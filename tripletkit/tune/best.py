@@ -17,19 +17,13 @@ import optuna
 from optuna.trial import TrialState
 
 from tripletkit import config as configuration
-from tripletkit.config import Config, TrainingModel, section_of
+from tripletkit.config import Config, section_of
 from tripletkit.config.sections import RETRIEVAL_METRIC
 from tripletkit.errors import ConfigError, StorageError
 from tripletkit.log import logger
 from tripletkit.tune.claims import CAUSE, OBJECTIVE
+from tripletkit.tune.space import LEARNED
 
-# What shapes the head that comes out, as opposed to how long, where and how verbosely it trains.
-LEARNED = (
-    *(key for key in TrainingModel.model_fields if key != "input_dim"),
-    "batch_size", "learning_rate", "weight_decay", "margin", "loss_distance", "init",
-    "negative_sampler", "ucb_reward", "ucb_exploration_constant", "ucb_warmup_samples",
-    "ucb_discount", "ucb_floor",
-)  # fmt: skip
 PATIENCE = 10  # validations; the final training always stops early
 NOISE = 0.01  # relative; a final value that is worse by more needs an explanation
 

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import ipaddress
+import os
 import random
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from typing import Any
-from urllib.parse import urlsplit, urlunsplit
 
 import psycopg2
 from sqlalchemy.pool import NullPool
 
 from tripletkit.config import Tuning
+from tripletkit.errors import ConfigError, StorageError
 from tripletkit.log import logger
-from tripletkit.tune.retry import Retry, TurnLost
+from tripletkit.tune.retry import Retry, TurnLost, redacted
 
 POOLED_WORKERS = 90  # more of them hold no connection between calls: a server's default is 100
+SPARE = 5  # connections for turns, beside those that workers hold; with fewer, nobody gets on
 TURN_PAUSE = 5.0  # seconds, the longest between two looks whether it is our turn
 
 # Without these, a call waits for hours for a node that is gone, and a node that is gone keeps
@@ -34,6 +37,61 @@ _SESSION = """
     SET tcp_keepalives_idle = 30; SET tcp_keepalives_interval = 10; SET tcp_keepalives_count = 3;
     SET idle_in_transaction_session_timeout = '10min'
 """
+# The last one is new in PostgreSQL 16.
+_ALLOWED = """
+    SELECT current_setting('max_connections')::int
+        - current_setting('superuser_reserved_connections')::int
+        - coalesce(current_setting('reserved_connections', true), '0')::int
+"""
+
+
+def is_private(tuning: Tuning) -> bool:
+    """Whether only processes of this host reach it: over a Unix socket or the loopback.
+
+    Raises StorageError and ConfigError as `database.connection`.
+    """
+    address = _address(tuning)
+    named = [
+        address.get(key) or os.environ.get(f"PG{key.upper()}")  # as libpq does
+        for key in ("hostaddr", "host", "service")
+    ]
+    if not any(named[:2]):
+        return not named[2]  # a file names the host of a service
+    names = (named[0] or named[1] or "").split(",")
+    return all(_is_loopback(name) for name in names)
+
+
+def _is_loopback(name: str) -> bool:
+    """Not asking what the name stands for: Debian names the loopback after the host."""
+    try:
+        return ipaddress.ip_address(name).is_loopback
+    except ValueError:
+        return not name or name.startswith(("/", "@", "localhost"))
+
+
+def _address(tuning: Tuning) -> dict[str, Any]:
+    """Where the server is now, as psycopg2.connect takes it."""
+    if tuning.storage_url is None:
+        from tripletkit.tune import database
+
+        found = database.connection(tuning.storage_path)
+        return {
+            "host": found.host,
+            "port": found.port,
+            "user": found.user,
+            "password": found.password,
+            "dbname": found.database,
+            "sslmode": "disable",  # what the environment says is about other servers
+            "gssencmode": "disable",
+        }
+    url = "postgresql:" + tuning.storage_url.partition(":")[2]  # without the name of a driver
+    try:
+        return dict(psycopg2.extensions.parse_dsn(url))
+    except psycopg2.ProgrammingError as error:
+        raise ConfigError(
+            f"tuning.storage_url = {redacted(url)}: {' '.join(str(error).split())}",
+            hint="write it as postgresql://USER@HOST:PORT/DATABASE",
+        ) from None
 
 
 class Server:
@@ -43,7 +101,7 @@ class Server:
     """
 
     def __init__(self, tuning: Tuning, retry: Retry) -> None:
-        self._url, self._folder = tuning.storage_url, tuning.storage_path
+        self._tuning = tuning
         self._name = f"tripletkit {tuning.study_name}"
         self._retry = retry
         self._turn: Any = None  # the connection that holds our turn
@@ -54,6 +112,41 @@ class Server:
             return {"creator": self._connect_in_turn, "poolclass": NullPool}
         pool = {"pool_size": 1, "max_overflow": 2, "pool_pre_ping": True}
         return {"creator": self._connect_in_turn, **pool}
+
+    def check_room(self, workers: int, at_once: int) -> None:
+        """That the server has connections for so many workers, of whom `at_once` run at a time.
+
+        Warns if some will have to wait for one. Raises StorageError.
+        """
+        held = at_once if workers <= POOLED_WORKERS else 0
+        used = held + min(at_once, POOLED_WORKERS)
+        allowed = self._retry(self._allowed)
+        if allowed >= used:
+            return
+        where, hint = self._retry.where, f"set the server's max_connections to {used + 10} or more"
+        if self._tuning.storage_url is None:
+            folder = self._tuning.storage_path
+            hint = (
+                f"`tripletkit db down {folder}`, then `tripletkit db up {folder} --workers "
+                f"{workers}` with your other flags"
+            )
+        hint += ", or let fewer workers run at once (--max-concurrent)"
+        if allowed < held + SPARE:
+            raise StorageError(
+                f"{where} allows {allowed} connections, too few for {at_once} workers: they hold "
+                f"{held} and use up to {used} at times",
+                hint=hint,
+            )
+        logger.warning(
+            "%s allows %d connections, and %d workers use up to %d at times: some will have to "
+            "wait; %s", where, allowed, at_once, used, hint,
+        )  # fmt: skip
+
+    def _allowed(self) -> int:
+        """How many connections the server lets in, beside those it reserves for its superuser."""
+        with closing(self._connect()) as connection, connection.cursor() as cursor:
+            cursor.execute(_ALLOWED)
+            return int(cursor.fetchone()[0])
 
     @contextlib.contextmanager
     def exclusive(self, what: str) -> Iterator[None]:
@@ -113,19 +206,13 @@ class Server:
         return connection
 
     def _address(self) -> dict[str, Any]:
-        """Read at every connection: the server's job may have been requeued onto another node."""
-        if self._url is None:
-            from tripletkit.tune import database
+        """Read at every connection: the server's job may have been requeued onto another node.
 
-            found = database.connection(self._folder)
-            return {
-                "host": found.host,
-                "port": found.port,
-                "user": found.user,
-                "password": found.password,
-                "dbname": found.database,
-                "sslmode": "disable",  # what the environment says is about other servers
-                "gssencmode": "disable",
-            }
-        url = urlunsplit(urlsplit(self._url)._replace(scheme="postgresql"))
-        return dict(psycopg2.extensions.parse_dsn(url))
+        Raises StorageError, as for an outage, and ConfigError if we come to the wrong host.
+        """
+        try:
+            return _address(self._tuning)
+        except ConfigError as error:
+            if not self._retry.worked:
+                raise
+            raise StorageError(error.message, hint=error.hint) from None  # it may move once more

@@ -8,14 +8,27 @@ from typing import Any
 import optuna
 
 from tripletkit import config as configuration
-from tripletkit.config import Choice, Config, FloatRange, Range, section_of
+from tripletkit.config import Choice, Config, FloatRange, Range, TrainingModel, section_of
 from tripletkit.paths import RunPaths
+
+# What shapes the head that comes out, as opposed to how long, where and how verbosely it trains.
+LEARNED = (
+    *(key for key in TrainingModel.model_fields if key != "input_dim"),
+    "batch_size", "learning_rate", "weight_decay", "margin", "loss_distance", "init",
+    "negative_sampler", "ucb_reward", "ucb_exploration_constant", "ucb_warmup_samples",
+    "ucb_discount", "ucb_floor",
+)  # fmt: skip
+# Which data a trial sees.
+FILES = ("train_parquet_path", "val_parquet_path", "difficulty_metadata_path")
+SAMPLES = ("sample_fraction", "sample_buildings", "val_sample_fraction", "val_sample_buildings")
 
 
 def suggest(trial: optuna.Trial, space: Mapping[str, Range]) -> dict[str, Any]:
-    """The trial's value of each key; a trial that goes on keeps those that it has."""
-    params: dict[str, Any] = {}
+    """The trial's value of each key; a trial that goes on keeps all that it has."""
+    params = dict(trial.params)
     for key, range_ in space.items():
+        if key in params:
+            continue
         if isinstance(range_, Choice):
             params[key] = trial.suggest_categorical(key, range_.choices)
         elif isinstance(range_, FloatRange):
@@ -25,6 +38,20 @@ def suggest(trial: optuna.Trial, space: Mapping[str, Range]) -> dict[str, Any]:
                 key, range_.low, range_.high, step=range_.step, log=range_.log
             )
     return params
+
+
+def differences(before: Config, now: Config) -> dict[str, tuple[Any, Any]]:
+    """Keys that make trials of the two differ: both values; of a tuned one its range, a dict."""
+    keys = dict.fromkeys([*LEARNED, *SAMPLES, *before.tuning.space, *now.tuning.space])
+    names = [(section_of(key), key) for key in keys] + [("paths", key) for key in FILES]
+    names += [("tuning", "max_epochs"), ("global", "seed")]
+    raw = [config.model_dump(by_alias=True) for config in (before, now)]
+    found = {}
+    for section, key in names:
+        old, new = (each["tuning"]["space"].get(key, each[section][key]) for each in raw)
+        if old != new:
+            found[f"{section}.{key}"] = (old, new)
+    return found
 
 
 def trial_config(config: Config, params: Mapping[str, Any], paths: RunPaths) -> Config:
