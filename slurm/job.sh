@@ -49,9 +49,13 @@ requeue() {
     local most=${TRIPLETKIT_MAX_RESTARTS:-100} answer
     if [ "${SLURM_RESTART_COUNT:-0}" -ge "$most" ]; then
         echo "job $job was started again $most times (TRIPLETKIT_MAX_RESTARTS): not again" >&2
-    elif answer=$(scontrol requeue "$job" 2>&1) || [[ $answer == *"pending execution"* ]]; then
-        { sleep 600 || true; } 2>/dev/null # for Slurm to end this start of the job
-    else
-        echo "scontrol requeue $job: $answer" >&2
+        return
     fi
+    until answer=$(scontrol requeue "$job" 2>&1) || [[ $answer == *"pending execution"* ]]; do
+        echo "scontrol requeue $job: $answer" >&2
+        # Only a controller that is away, for a restart perhaps, is worth another try.
+        [[ $answer =~ "Unable to contact"|"timed out" ]] || return
+        sleep 5 || true
+    done
+    { sleep 600 || true; } 2>/dev/null # for Slurm to end this start of the job
 }

@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -105,7 +106,7 @@ def living(config) -> Iterator[str]:
 
 
 def worker(job: str) -> Worker:
-    return Worker(job=job, restart=0, host="n1", pid=1)
+    return Worker(job=job, restart=0, host=socket.gethostname(), pid=1)
 
 
 def claim(shared, job: str = "local-999999", total: int = 9) -> claims.Claim:

@@ -173,7 +173,9 @@ def _hand_back(seen: _Seen, trial: FrozenTrial) -> bool:
 def _unseen(seen: _Seen) -> Iterator[Finding]:
     for trial in seen.trials:
         owner = claims.owner(trial) if trial.state == TrialState.RUNNING else None
-        if owner and owner["job"].startswith(LOCAL) and seen.states.get(owner["job"]) == "unknown":
+        if not owner or not owner["job"].startswith(LOCAL):
+            continue
+        if seen.states.get(owner["job"], "unknown") == "unknown":
             yield Finding(
                 "unseen",
                 f"trial {trial.number} is RUNNING at {owner['job']} on {owner['host']}, which "
