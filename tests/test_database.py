@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import stat
 import subprocess
 import sys
@@ -21,12 +22,18 @@ import psycopg2
 import pytest
 
 from tests.cluster import wait
-from tripletkit.errors import StorageError
-from tripletkit.tune import database, postgresql
-from tripletkit.tune.database import client, lease, programs, server
+from tripletkit import config as configuration
+from tripletkit import stages
+from tripletkit.config import Config, Tuning
+from tripletkit.errors import DONE, ConfigError, Interrupted, StorageError
+from tripletkit.paths import StudyPaths
+from tripletkit.tune import database, postgresql, storage, study
+from tripletkit.tune.database import client, job, lease, programs, server
 from tripletkit.tune.database.server import DatabasePaths
 
-MAX_CONNECTIONS = database.max_connections_for(20)
+pytest_plugins = ["tests.postgres"]
+
+MAX_CONNECTIONS = 80
 
 # What a job does, with less patience.
 JOB = f"""
@@ -501,9 +508,64 @@ def test_connections_fit_the_workers_they_were_made_for(folder, start):
 def test_the_cap_grows_with_the_workers_as_they_use_connections():
     assert client.POOLED_WORKERS == postgresql.POOLED_WORKERS
     cap = database.max_connections_for
-    assert [cap(workers) for workers in (1, 16, 90)] == [3 + 20, 48 + 20, 270 + 20]
-    assert cap(91) == cap(90) + 1  # each one for a moment only
+    # Whoever starts it without saying for how many has room for many.
+    assert [cap(workers) for workers in (1, 64, 90)] == [300, 300, 300]
+    assert cap(200) == 400
+    assert cap(201) == cap(200) + 1  # each one for a moment only
     assert cap(500) < 800
+
+
+@pytest.fixture
+def small(start_postgres):
+    """A server that lets 17 in, and keeps 3 connections for its superuser."""
+    return start_postgres(max_connections=20)
+
+
+def prepare(place: Path, workers: int, max_concurrent: int = 0, **tuning: object) -> None:
+    """What `tripletkit tune` does before it starts workers."""
+    config = configuration.with_values(
+        Config(),
+        paths={"val_parquet_path": place / "val.parquet"},
+        tuning={"workers": workers, "output_dir": place, **tuning},
+        slurm={"max_concurrent": max_concurrent},
+    )
+    study.prepare(config, StudyPaths(place / "trials"))
+
+
+def test_more_workers_than_a_server_lets_in_are_refused(small, tmp_path):
+    with pytest.raises(
+        StorageError, match="allows 17 connections, too few for 64 workers: they hold 64"
+    ) as error:
+        prepare(tmp_path, 64, storage_url=small.url)
+    assert "max_connections to 138 or more" in error.value.hint
+    assert not small.execute("SELECT * FROM pg_tables WHERE schemaname = 'public'")
+    assert not (tmp_path / "trials").exists()
+
+    announce(tmp_path / "db", small)
+    with pytest.raises(StorageError, match="too few for 13 workers") as error:
+        prepare(tmp_path, 13, storage_path=tmp_path / "db")
+    assert f"`tripletkit db up {tmp_path / 'db'} --workers 13`" in error.value.hint
+
+
+def test_workers_for_whom_a_server_is_tight_are_warned_of(small, tmp_path, caplog):
+    prepare(tmp_path, 12, storage_url=small.url)
+    assert "allows 17 connections, and 12 workers use up to 24 at times" in caplog.text
+    caplog.clear()
+    prepare(tmp_path, 500, storage_url=small.url)  # which hold none
+    assert "allows 17 connections, and 500 workers use up to 90 at times" in caplog.text
+    caplog.clear()
+    prepare(tmp_path, 64, max_concurrent=8, storage_url=small.url)
+    prepare(tmp_path, 8, storage_url=small.url)
+    assert "connections" not in caplog.text
+
+
+@pytest.mark.parametrize("workers", [1, 48, 91, 500])
+def test_a_server_with_the_default_limit_has_room_for_hundreds(
+    postgres, database, tmp_path, caplog, workers
+):
+    assert postgres.max_connections == 100
+    prepare(tmp_path, workers, storage_url=database)
+    assert "connections" not in caplog.text
 
 
 # --- looking from outside --------------------------------------------------------------------
@@ -513,9 +575,136 @@ def test_a_server_of_one_machine_is_not_looked_for_on_another(folder, start):
     start(folder).up()
     found = json.loads((folder / "connection.json").read_text())
     (folder / "connection.json").write_text(json.dumps(found | {"node": "n5"}))
-    with pytest.raises(StorageError, match="serves only processes on n5") as error:
+    with pytest.raises(ConfigError, match="serves only processes on n5") as error:
         database.connection(folder)
-    assert "--cluster slurm" in error.value.hint
+    assert f"`tripletkit db up {folder} --cluster slurm`" in error.value.hint
+    assert "serves only processes on n5" in database.status(folder).message
+    with pytest.raises(StorageError, match="serves only processes on n5"):  # may change
+        database.wait_until_up(folder, time.monotonic())
+
+
+def announce(folder: Path, server, node: str | None = None, host: str = "127.0.0.1") -> None:
+    """Write down where a server is, as our job does."""
+    folder.mkdir(exist_ok=True)
+    found = database.Connection(host, server.port, "tuner", "", "postgres")
+    node = node or socket.gethostname()
+    (folder / "connection.json").write_text(json.dumps(found._asdict() | {"node": node}))
+
+
+def test_a_worker_on_the_wrong_host_says_so_at_once(postgres, tmp_path):
+    announce(tmp_path / "db", postgres, node="login1")
+    tuning = Tuning(storage_path=tmp_path / "db", study_name="elsewhere")
+    began = time.monotonic()
+    for open_ in (storage.create, lambda _: storage.open_study(tuning, seed=0, workers=200)):
+        with pytest.raises(ConfigError, match="serves only processes on login1"):
+            open_(tuning)
+    assert time.monotonic() - began < 5
+
+
+def test_a_server_that_moves_to_the_wrong_host_may_move_once_more(postgres, tmp_path, caplog):
+    announce(tmp_path / "db", postgres)
+    tuning = Tuning(storage_path=tmp_path / "db", study_name="moving")
+    shared = storage.create(tuning)
+    announce(tmp_path / "db", postgres, node="login1")
+
+    def move() -> None:
+        wait(lambda: "is away" in caplog.text, lambda: caplog.text, 30)
+        announce(tmp_path / "db", postgres)
+
+    mover = threading.Thread(target=move)
+    mover.start()
+    with shared.turn():
+        pass
+    mover.join()
+    assert "serves only processes on login1; trying again" in caplog.text
+
+
+# --- from the nodes of a cluster -------------------------------------------------------------
+
+
+NODES = {"n1", "n2", "n3", "n4"}
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://me@localhost/db",
+        "postgresql://me@127.0.0.1:5433/db",
+        "postgresql://me@[::1]/db",
+        "postgresql:///db",
+        "postgresql://me@%2Frun%2Fpostgresql/db",
+        "postgresql://me@/db?host=/run/postgresql",
+        "postgresql://me@login1/db?hostaddr=127.0.0.1",
+        "postgresql+psycopg2://me@127.0.0.1,localhost/db",
+    ],
+)
+def test_an_address_that_means_another_server_on_each_node_is_refused(url):
+    tuning = Tuning(storage_url=url)
+    with pytest.raises(StorageError, match=r"for processes of this host .* n1, n2, n3") as error:
+        study.check_reach(tuning, NODES)
+    assert "as the nodes know it" in error.value.hint
+    assert "tripletkit db up --cluster slurm" in error.value.hint
+    study.check_reach(tuning, {socket.gethostname().partition(".")[0], "localhost"})
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://me@login1/db",
+        f"postgresql://me@{socket.gethostname()}/db",  # may be the loopback here, but not there
+        "postgresql://me@10.1.2.3/db",
+        "postgresql://me@login1,localhost/db",
+        "postgresql:///db?service=study",
+    ],
+)
+def test_an_address_of_a_host_is_not(url):
+    study.check_reach(Tuning(storage_url=url), NODES)
+
+
+def test_variables_of_libpq_count(monkeypatch):
+    tuning = Tuning(storage_url="postgresql:///db")
+    monkeypatch.setenv("PGHOST", "login1")
+    study.check_reach(tuning, NODES)
+    monkeypatch.setenv("PGHOST", "/run/postgresql")
+    with pytest.raises(StorageError, match="for processes of this host"):
+        study.check_reach(tuning, NODES)
+    monkeypatch.delenv("PGHOST")
+    monkeypatch.setenv("PGSERVICE", "study")
+    study.check_reach(tuning, NODES)
+
+
+def test_an_address_that_is_none_is_refused():
+    tuning = Tuning(storage_url="postgresql://me@db1/db?hots=db2")
+    for check in (storage.create, lambda _: study.check_reach(tuning, NODES)):
+        with pytest.raises(ConfigError, match=r"tuning\.storage_url = .*hots") as error:
+            check(tuning)
+        assert "postgresql://USER@HOST:PORT/DATABASE" in error.value.hint
+
+
+def test_a_database_of_ours_that_serves_this_host_is_refused_to_others(postgres, tmp_path):
+    folder = tmp_path / "db"
+    tuning = Tuning(storage_path=folder)
+    announce(folder, postgres)
+    with pytest.raises(StorageError, match=f"{folder} is a PostgreSQL for .* n1, n2, n3") as error:
+        study.check_reach(tuning, NODES)
+    assert f"`tripletkit db up {folder} --cluster slurm`" in error.value.hint
+    study.check_reach(tuning, {socket.gethostname().partition(".")[0]})
+    announce(folder, postgres, node="n7")
+    with pytest.raises(ConfigError, match="serves only processes on n7"):
+        study.check_reach(tuning, NODES)
+    announce(folder, postgres, node="n7", host="10.1.2.3")
+    study.check_reach(tuning, NODES)
+    (folder / "connection.json").unlink()
+    with pytest.raises(StorageError, match="no PostgreSQL runs in"):
+        study.check_reach(tuning, NODES)
+
+
+def test_files_are_for_one_host_or_for_all(tmp_path):
+    with pytest.raises(StorageError, match="is SQLite for processes of this host") as error:
+        study.check_reach(Tuning(storage_path=tmp_path / "study.db"), NODES)
+    assert "tripletkit db up --cluster slurm" in error.value.hint
+    study.check_reach(Tuning(storage_path=tmp_path / "study.db"), {"localhost"})
+    study.check_reach(Tuning(storage_path=tmp_path / "study.journal"), NODES)
 
 
 def test_who_waits_gives_up_at_the_deadline_or_when_the_job_is_gone(folder):
@@ -525,6 +714,36 @@ def test_who_waits_gives_up_at_the_deadline_or_when_the_job_is_gone(folder):
         pass
     with pytest.raises(StorageError, match=f"job local-{process.pid} has ended"):
         database.wait_until_up(folder, time.monotonic() + 60, f"local-{process.pid}")
+
+
+def test_the_end_of_a_jobs_log_is_shown(folder):
+    log = folder.parent / "db_local.err"
+    log.write_text("no disk\n")
+    with subprocess.Popen(["true"]) as process:
+        pass
+    with pytest.raises(
+        StorageError, match=f"and its database is not up; the end of {log}:\nno disk"
+    ):
+        database.wait_until_up(folder, time.monotonic() + 60, f"local-{process.pid}", log)
+
+
+def test_down_wins_over_a_signal_whose_stop_is_under_way(folder, start):
+    job = start(folder).up().signal(signal.SIGUSR2)
+    record = folder / "server.json"
+    wait(lambda: lease.read(record).state == "stopping", lambda: str(lease.read(record)), 30)
+    database.down(folder)
+    assert "stopped by `tripletkit db down`" in job.ends(0)
+
+
+@pytest.mark.parametrize("stopped_by", [job.BY_SIGNAL, job.BY_DOWN])
+def test_only_a_job_that_nobody_took_down_asks_to_run_again(monkeypatch, stopped_by):
+    monkeypatch.setattr(database, "serve", lambda *_, **__: stopped_by)
+    arguments = (Config(), lambda: True)  # a signal has come, in either case
+    if stopped_by == job.BY_DOWN:
+        assert stages.serve_database(*arguments, folder="db", max_connections=20) == DONE
+        return
+    with pytest.raises(Interrupted, match="the database in db was stopped"):
+        stages.serve_database(*arguments, folder="db", max_connections=20)
 
 
 def test_down_says_what_it_found(folder, place, monkeypatch, caplog):

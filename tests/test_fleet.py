@@ -9,12 +9,13 @@ from pathlib import Path
 
 import optuna
 import pytest
+import torch
 
 from tests import fleet
 from tests.cluster import ACCOUNT
 from tripletkit import config as configuration
 from tripletkit import stages
-from tripletkit.paths import run_paths
+from tripletkit.paths import RunPaths, run_paths
 from tripletkit.train import loop
 from tripletkit.tune import claims, storage
 
@@ -152,12 +153,22 @@ def _faults(slurm, tmp_path: Path, server, url: str) -> None:
     assert_no_secret(slurm, tmp_path, server.password, [*at_work, *high])
     # One of them, trained in one go elsewhere, gives the same file.
     number = at_work[killed].number
-    whole = tmp_path / "whole"
-    values = configuration.load(fleet.study_paths(config).trial(number).config, environ={})
-    loop.train(values, stages.training_data(values), run_paths(whole))
-    theirs = fleet.study_paths(config).trial(number).metrics.read_bytes()
-    assert run_paths(whole).metrics.read_bytes() == theirs
+    trial = fleet.study_paths(config).trial(number)
+    whole = in_one_go(trial.config, tmp_path / "whole")
+    assert whole.metrics.read_bytes() == trial.metrics.read_bytes()
     assert trials[number].params == at_work[killed].params
+
+
+def in_one_go(config: Path, folder: Path) -> RunPaths:
+    """The same training without an interruption, by as many threads as the jobs have."""
+    loaded, paths = configuration.load(config, environ={}), run_paths(folder)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        loop.train(loaded, stages.training_data(loaded), paths)
+    finally:
+        torch.set_num_threads(threads)
+    return paths
 
 
 def assert_no_secret(slurm, folder: Path, password: str, jobs: list[str]) -> None:
@@ -196,9 +207,7 @@ def test_the_final_training_goes_on_past_its_time_limit(slurm, tmp_path):
     job = re.search(r"slurm job (\d+)", output)[1]
     folder = Path(re.search(r"checkpoints: (.*)", output)[1])
     (effective,) = (logs_of(config) / "configs").glob("best_*.toml")
-    final = configuration.load(effective, environ={})
-    whole = run_paths(tmp_path / "whole")
-    loop.train(final, stages.training_data(final), whole)
+    whole = in_one_go(effective, tmp_path / "whole")
 
     fleet.wait_for_empty_queue(slurm, logs_of(config), deadline=400)
     runs = slurm.run("sacct", "-X", "--duplicates", "--noheader", f"--jobs={job}", "--format=State")

@@ -1,5 +1,6 @@
 """A study that is prepared again: what may change, where its trials are, how it is seeded."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -200,3 +201,10 @@ def test_workers_of_all_arrays_and_starts_have_different_seeds(config, monkeypat
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     seeds.append(stages._worker_seed(config, "100_0", 0))
     assert len(set(seeds)) == len(seeds)
+
+
+def test_a_worker_in_the_background_is_one_of_several(config, monkeypatch):  # noqa: F811
+    job = f"local-{os.getpid()}"
+    alone = stages._worker_seed(config, job, 0)
+    monkeypatch.setenv("SUBMITIT_LOCAL_JOB_ID", str(os.getpid()))
+    assert stages._worker_seed(config, job, 0) != alone

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from tripletkit import config as configuration
-from tripletkit import demo_data, fsio, log, stages
+from tripletkit import demo_data, fsio, log, stages, submission
 from tripletkit.cluster import preempt
 from tripletkit.config import Config
 from tripletkit.errors import DONE
@@ -17,10 +17,12 @@ FRACTIONS = {"train": 0.7, "val": 0.1, "test": 0.2}
 
 
 def run(folder: Path) -> int:
-    """Render characters, split them, build bands, train, and evaluate on unseen characters.
+    """Render characters, split them, build bands, train, tune, and evaluate on unseen characters.
 
     What an earlier call left in `folder` is used again.
     """
+    from tripletkit.tune.best import final_config
+
     started = time.monotonic()
     folder = folder.absolute()
     folder.mkdir(parents=True, exist_ok=True)
@@ -28,7 +30,7 @@ def run(folder: Path) -> int:
     metadata = folder / "difficulty_metadata.parquet"
 
     if not all(path.exists() for path in parquet.values()):
-        _step("1/5 render characters in the fonts that matplotlib ships: a character is a building")
+        _step("1/7 render characters in the fonts that matplotlib ships: a character is a building")
         fonts = demo_data.write_fonts(folder, seed=SEED)
         stages.split_data(fonts, folder, fractions=FRACTIONS, seed=SEED)
 
@@ -48,25 +50,38 @@ def run(folder: Path) -> int:
                 "retrieval_metric_top_k": [1, 5, 10],
                 "early_stopping_patience": 4,
             },
+            "tuning": {
+                "study_name": "fonts",
+                "storage_path": folder / "study.db",
+                "n_trials": 6,
+                "max_epochs": 3,
+                "objective": "map@r",
+            },
         }
         fsio.write_text(config_file, configuration.template(values))
     config = configuration.load(config_file, environ={})
 
-    _step("2/5 tripletkit data check")
+    _step("2/7 tripletkit data check")
     stages.check_data(config)
-    _step("3/5 tripletkit data bands")
+    _step("3/7 tripletkit data bands")
     if not metadata.exists():
         stages.build_bands(config, neighbors=150, k0=50, force=False)
-    _step("4/5 tripletkit train")
+    _step("4/7 tripletkit train")
     with preempt.watch() as stop:
         stages.train(config, stop)
-    _step("5/5 tripletkit evaluate: characters that training never saw")
-    stages.evaluate(config, split="test", checkpoint=None, as_json=False)
-    _picture(config, folder / "neighbors.png")
+    _step("5/7 tripletkit tune --cluster here: six short trials on a third of the characters")
+    sample = configuration.with_values(config, training={"sample_fraction": 0.33})
+    submission.tune(sample, "here", prepare=False, dry_run=False)
+    _step("6/7 tripletkit submit-best --cluster here: the best trial's parameters, all characters")
+    best = submission.find_best(config, "study", None)
+    submission.submit_best(config, best, "here", prepare=False, dry_run=False)
+    _step("7/7 tripletkit evaluate: characters that training never saw")
+    tuned = final_config(config, best)
+    for each in (config, tuned):
+        stages.evaluate(each, split="test", checkpoint=None, as_json=False)
+    _picture(tuned, folder / "neighbors.png")
     log.out.print(f"{time.monotonic() - started:.0f} s; everything is in {folder}", soft_wrap=True)
-    log.out.print(
-        f"try: tripletkit evaluate --config {config_file} --split test --json", soft_wrap=True
-    )
+    log.out.print(f"try: tripletkit status --config {config_file}", soft_wrap=True)
     return DONE
 
 

@@ -27,7 +27,7 @@ def setup(*, verbose: bool = False, plain: bool = False) -> None:
     from rich.logging import RichHandler
 
     if plain:
-        out.no_color = err.no_color = True
+        out._color_system = err._color_system = None  # no_color leaves bold
         out._force_terminal = err._force_terminal = False
     for old in logger.handlers[:]:
         logger.removeHandler(old)

@@ -161,7 +161,8 @@ def _worker_seed(config: Config, job: str, begun: int) -> int:
 
     `begun`: the trials that there are, which a study that is continued would propose again.
     """
-    if job == f"local-{os.getpid()}":  # the only worker, in the foreground: reproducible
+    background = "SUBMITIT_LOCAL_JOB_ID" in os.environ
+    if job == f"local-{os.getpid()}" and not background:  # the only worker: reproducible
         job = "0"
     restart = os.environ.get("SLURM_RESTART_COUNT", "0")
     return int(fsio.digest([str(config.global_.seed), job, restart, str(begun)]), 16) % 2**31

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tripletkit import config as configuration
 from tripletkit import fsio, log, stages, worker
-from tripletkit.cluster import launch, preempt, preflight, queue
+from tripletkit.cluster import launch, preempt, preflight, queue, resources
 from tripletkit.cluster.launch import Job, Submission
-from tripletkit.config import Config
+from tripletkit.config import Config, Slurm
 from tripletkit.errors import DONE, ClusterError, ConfigError
 from tripletkit.log import logger
 from tripletkit.paths import LogPaths, run_paths
@@ -26,6 +27,8 @@ Cluster = Literal["here", "local", "slurm"]
 STOPPABLE = ("train", "tune", "best", "db")
 # Of the small job behind the workers.
 TIDY = {"cpus_per_task": 1, "gpus": 0, "gres": None, "mem": "2G", "time": "00:15:00"}
+# Of the job of a database, unless the user says otherwise.
+DATABASE = {"cpus_per_task": 2, "gpus": 0, "gres": None, "mem": "4G"}
 WAIT_FOR_DATABASE = 3600.0  # seconds; it may have to queue
 
 
@@ -38,7 +41,13 @@ def start(
         return _here(stage, config, options)
     if stage == "train":
         stages.check_files(config)
-    _send(_job(stage, config, options), _keep(stage, config), options, cluster, dry_run=dry_run)
+    job = _job(stage, config, options)
+    if cluster == "slurm":
+        preflight.check(job)
+    if dry_run:
+        log.out.print(launch.script(job), soft_wrap=True)
+    else:
+        _submit(job, _keep(stage, config), options, cluster)
     return DONE
 
 
@@ -53,7 +62,9 @@ def tune(config: Config, cluster: Cluster | None, *, prepare: bool, dry_run: boo
     stages.check_files(config)
     if cluster == "slurm":
         study.check_reach(tuning, queue.node_hosts())
-        preflight.check(job, [config.output_dir])
+        place = tuning.storage_path
+        shared = [] if tuning.storage_url else [place if place.is_dir() else place.parent]
+        preflight.check(job, [config.output_dir, *shared])
     if dry_run:
         log.out.print(launch.script(job), soft_wrap=True)
         return DONE
@@ -98,8 +109,9 @@ def submit_best(
     stages.check_files(final)
     logger.info("%s: %s %.4f with %s", best.source, best.metric, best.value, dict(best.params))
     job = _job("best", final)
+    if cluster == "slurm":
+        preflight.check(job, [final.checkpoint_dir])
     if dry_run:
-        preflight.check(job)
         log.out.print(launch.script(job), soft_wrap=True)
         return DONE
     config_file = _keep("best", final)
@@ -109,7 +121,7 @@ def submit_best(
         return DONE
     if cluster == "here":
         return _here("best", final, {})
-    _send(job, config_file, {}, cluster)
+    _submit(job, config_file, {}, cluster)
     log.out.print(f"checkpoints: {final.checkpoint_dir}", soft_wrap=True)
     return DONE
 
@@ -124,40 +136,46 @@ def find_best(config: Config, source: str, number: int | None) -> Best:
     return best.from_study(shared.study, config.tuning.objective, number)
 
 
-def start_database(config: Config, folder: Path, cluster: Cluster, *, workers: int) -> int:
-    """Start a PostgreSQL in `folder` and wait until it answers."""
+def start_database(
+    config: Config, folder: Path, cluster: Cluster, *, workers: int, asked: Collection[str]
+) -> int:
+    """Start a PostgreSQL in `folder` and wait until it answers.
+
+    `asked`: the keys of [slurm] that the user gave for it; the others are about the workers.
+    """
     from tripletkit.tune import database
 
     options = {"folder": str(folder), "max_connections": database.max_connections_for(workers)}
     if cluster == "here":
         return _here("db", config, options)
-    slurm = config.slurm.model_copy(update={"gpus": 0, "gres": None})
-    _send(_job("db", config, options, slurm=slurm), _keep("db", config), options, cluster)
-    database.wait_until_up(folder, time.monotonic() + WAIT_FOR_DATABASE)
+    own: dict[str, Any] = {key: DATABASE[key] for key in DATABASE.keys() - set(asked)}
+    if cluster == "slurm" and "time" not in asked:
+        own["time"] = _database_time(config.slurm)
+    job = _job("db", config, options, slurm=config.slurm.model_copy(update=own))
+    if cluster == "slurm":
+        preflight.check(job, [folder])
+    (started,) = _submit(job, _keep("db", config), options, cluster).jobs
+    deadline = time.monotonic() + WAIT_FOR_DATABASE
+    database.wait_until_up(folder, deadline, started, job.logs.err("db", started))
     log.out.print(f"PostgreSQL is up; use it with --storage-path {folder}", soft_wrap=True)
     return DONE
+
+
+def _database_time(slurm: Slurm) -> str:
+    """A day, or what the partition allows; no less than the workers have."""
+    asked = resources.parameters(slurm)
+    names = asked.get("partition", "").split(",")
+    minutes = [24 * 60]
+    for each in queue.partitions():
+        if each["PartitionName"] in names or (names == [""] and each["Default"] == "YES"):
+            with contextlib.suppress(ValueError):  # UNLIMITED
+                minutes.append(resources.seconds(each["MaxTime"]) // 60)
+    return str(max(asked["time"], min(minutes)))
 
 
 def _job(stage: str, config: Config, options: Mapping[str, Any] | None = None, **more: Any) -> Job:
     values = {"slurm": config.slurm, "log_dir": config.global_.log_dir, **more}
     return Job(stage=stage, name=stages.job_name(stage, config, options or {}), **values)
-
-
-def _send(
-    job: Job,
-    config_file: Path,
-    options: Mapping[str, Any],
-    cluster: Cluster,
-    *,
-    dry_run: bool = False,
-) -> None:
-    """Check and submit a job, or only print its script."""
-    if cluster == "slurm":
-        preflight.check(job)
-    if dry_run:
-        log.out.print(launch.script(job), soft_wrap=True)
-    else:
-        _submit(job, config_file, options, cluster)
 
 
 def _submit(

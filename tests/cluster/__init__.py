@@ -246,7 +246,9 @@ class Cluster:
 
     def node_state(self, node: str) -> str:
         """What sinfo says of a node: idle, mixed, allocated, down, ..."""
-        return self.run("sinfo", "-h", "-N", "-n", node, "-o", "%T").split("\n")[0].rstrip("*~#")
+        # Of a node asked for alone, slurmctld may say what was true a while ago.
+        rows = self.run("sinfo", "-h", "-N", "-o", "%N %T").splitlines()
+        return dict(row.split() for row in rows)[node].rstrip("*~#")
 
 
 def start(folder: Path | None = None) -> Cluster:

@@ -31,7 +31,7 @@ def status(
     config: ConfigFile = None,
     overrides: Overrides = None,
     show_all: Annotated[
-        bool, typer.Option("--all", help="Every trial and job, not only active and new ones.")
+        bool, typer.Option("--all", help="Every trial, and every line of jobs.")
     ] = False,
     watch: Annotated[bool, typer.Option("--watch", help="Again and again, until Ctrl-C.")] = False,
     interval: Annotated[

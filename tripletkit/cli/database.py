@@ -45,7 +45,11 @@ def up(
     loaded = load(config, overrides)
     raise typer.Exit(
         submission.start_database(
-            loaded, folder.absolute(), cluster, workers=workers or loaded.tuning.workers
+            loaded,
+            folder.absolute(),
+            cluster,
+            workers=workers or loaded.tuning.workers,
+            asked={text.partition("=")[0].removeprefix("slurm.") for text in overrides or ()},
         )
     )
 

@@ -246,6 +246,9 @@ def _explain(error: ValidationError, origin: Mapping[tuple[str, str], str]) -> C
         section, key = [*place, "", ""][:2]
         where = origin.get((section, key), f"[{section}] {'.'.join(place[1:])}".strip())
         message = problem["msg"].removeprefix("Value error, ")
+        if problem["type"].startswith("union_tag"):  # of a range
+            where = f"{where}.{place[2]}"
+            message = 'needs a type: "float", "int" or "categorical"'
         message = message[0].lower() + message[1:]
         if key and key not in MAY_HOLD_A_PASSWORD and not isinstance(problem["input"], dict):
             message += f" (got {problem['input']!r})"

@@ -2,30 +2,41 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import time
 from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from tripletkit import config as configuration
 from tripletkit import log
 from tripletkit.cluster import jobs as records
 from tripletkit.cluster import queue
 from tripletkit.cluster.jobs import LOCAL
 from tripletkit.errors import ClusterError, ConfigError, RunError, StorageError
 from tripletkit.log import logger
-from tripletkit.monitor.inventory import GONE, UNKNOWN, Inventory, Job, is_on_this_host, spans
+from tripletkit.monitor.inventory import (
+    GONE,
+    UNKNOWN,
+    Inventory,
+    Job,
+    is_on_this_host,
+    of_study,
+    spans,
+)
 from tripletkit.monitor.status import study_of
 from tripletkit.monitor.tables import summary
 from tripletkit.monitor.targets import Target
+from tripletkit.paths import LogPaths
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
 
 LEAVING = 120.0  # seconds for a cancelled job to save its state and leave: KillWait and more
 LAG = 15.0  # seconds by which the accounting may lag behind the queue
+STARTING = 60.0  # seconds for a background process to say what it is
 POLLS = (1.0, 15.0)  # seconds between two looks at what we wait for: first, longest
 
 
@@ -37,22 +48,24 @@ def cancel(target: Target) -> None:
     """
     if target.kind == "trial" and not _is_in_work(target):
         return
-    jobs = [job for job in _jobs(target).values() if not job.over]
+    jobs = [job for job in _known(target).values() if not job.over]
+    silence = "" if target.kind == "trial" else _silence(target)
     _check_reach(jobs)
     for job in jobs:
         if job.id.startswith(LOCAL):
-            os.kill(_pid(job), signal.SIGTERM)
+            with contextlib.suppress(ProcessLookupError):  # it has just ended
+                os.kill(_pid(job), signal.SIGTERM)
     slurm = [job for job in jobs if not job.id.startswith(LOCAL)]
-    whole = target.kind == "study" or target.name in {job.array for job in slurm}
+    whole = target.kind == "study" or (target.kind == "job" and "_" not in target.name)
     queue.cancel({job.array if whole else job.id for job in slurm})
     for array in dict.fromkeys(job.array for job in jobs):
         group = [job for job in jobs if job.array == array]
         states = _counted(job.state for job in group)
         _say(f"cancelled {' '.join(spans(job.id for job in group))} {group[0].name} ({states})")
-    if not jobs:
+    if not jobs and not silence:
         _say(f"{target}: nothing of it runs or waits in the queue")
     still = _wait_for_end(target.inventory, [job.id for job in jobs])
-    studies = {job.subject for job in jobs if job.stage == "tune"}
+    studies = {_study(job) for job in jobs if job.stage == "tune"} - {""}
     for name in sorted(studies | ({target.name} if target.kind == "study" else set())):
         _look_after(name, target.inventory)
     if still:
@@ -61,6 +74,8 @@ def cancel(target: Target) -> None:
             hint="`tripletkit status` shows when they are gone, and `tripletkit doctor --fix` "
             "then looks after their trials",
         )
+    if silence:
+        raise ClusterError(silence, hint=queue.SILENCE)
 
 
 def wait(target: Target, timeout: float | None) -> None:
@@ -69,47 +84,91 @@ def wait(target: Target, timeout: float | None) -> None:
     Raises RunError if something failed, if trials are left, or after `timeout` seconds.
     """
     began, pause = time.monotonic(), POLLS[0]
-    watched: set[str] = set()
+    watched: dict[str, Job] = {}
     warned: set[str] = set()
     with log.progress(1, str(target)) as update:
         while True:
             target.inventory.warnings.clear()
             trials, jobs = target.trials(), _jobs(target, or_others=True)
             busy = [job for job in jobs.values() if not job.over]
-            watched |= {job.id for job in busy}
-            if not busy or _is_done(target, trials):
+            watched |= {job.id: job for job in busy}
+            if _is_done(target, trials) or not (busy or _silence(target)):
                 break
             _check_visible(busy)
             for warning in sorted({*target.inventory.warnings} - warned):
                 logger.warning("%s; asking again", warning)
             warned |= {*target.inventory.warnings}
             said = _how_far(target, trials, busy)
-            if timeout is not None and time.monotonic() - began > timeout:
-                raise RunError(f"{target} is not over after {timeout:.0f} s: {said}")
+            left = pause if timeout is None else began + timeout - time.monotonic()
+            if left < 0:
+                raise RunError(f"{target} is not over after {timeout:g} s: {said}")
             update(0, f"{target}: {said}")
-            time.sleep(pause)
+            time.sleep(min(pause, left))
             pause = min(1.3 * pause, POLLS[1])
-    over = [job for job in jobs.values() if job not in busy]
-    if target.kind == "study":  # what failed before we came is history
-        over = [job for job in over if job.id in watched]
-    _judge(target, trials, [] if target.kind == "trial" else _settled(target.inventory, over))
+    over = {job.id: job for job in jobs.values() if job not in busy}
+    newest = {job.stage: job.id for job in over.values()}
+    for id_, job in over.copy().items():  # what failed before we came is history
+        made_good = target.kind == "run" and newest[job.stage] != id_
+        if id_ not in watched and (target.kind == "study" or made_good):
+            del over[id_]
+    for id_, job in watched.items():  # one that was cancelled before it started leaves no trace
+        if id_ not in jobs or jobs[id_].state == GONE:
+            over[id_] = replace(job, state=GONE)
+    ended = [] if target.kind == "trial" else _settled(target.inventory, over.values())
+    _judge(target, trials, ended)
 
 
 def _jobs(target: Target, *, or_others: bool = False) -> dict[str, Job]:
     """The jobs that count; a study is over before its final training.
 
-    `or_others`: for a trial, also the workers that may go on with it.
+    `or_others`: for a trial, also the workers that may go on with it. Background processes that
+    start count for every study.
     """
+    if target.kind in ("job", "run"):
+        return target.jobs()
+    study = target.inventory.study_name
     if target.kind == "trial" and or_others:
-        study = Target("study", target.inventory.study_name, target.inventory)
-        return target.jobs() | _jobs(study)
-    jobs = target.jobs()
-    if target.kind != "study":
-        return jobs
-    return {id_: job for id_, job in jobs.items() if job.stage != "best"}
+        target = Target("study", study, target.inventory)
+    jobs = target.jobs(_starting(target.inventory.logs) if target.kind == "study" else ())
+    # A process of another study may have got the id of one that worked on ours.
+    ours = (study, "")
+    return {id_: job for id_, job in jobs.items() if job.stage != "best" and _study(job) in ours}
+
+
+def _study(job: Job) -> str:
+    """Which study a worker is of; "" if nobody says."""
+    said = job.record.name.partition(":")[2] if job.record is not None else ""
+    return job.subject or said
+
+
+def _starting(logs: LogPaths) -> list[str]:
+    """Background workers that have not said yet which study they are of."""
+    ids = (path.stem.removeprefix("tune_") for path in logs.root.glob(f"tune_{LOCAL}*.err"))
+    return [id_ for id_ in ids if not logs.record(id_).exists()]
+
+
+def _silence(target: Target) -> str:
+    """What there is instead of Slurm's answer. It alone knows of jobs that have not started yet."""
+    if target.name.startswith(LOCAL):
+        return ""
+    said = target.inventory.warnings
+    return next((line for line in said if line.startswith("cannot ask Slurm")), "")
 
 
 # cancel
+
+
+def _known(target: Target) -> dict[str, Job]:
+    """Its jobs, when all background processes have said whether they are."""
+    deadline = time.monotonic() + STARTING
+    while True:
+        jobs = _jobs(target)
+        unknown = {id_ for id_, job in jobs.items() if job.reason == "starting"}
+        if target.kind != "study" or not unknown:
+            return jobs
+        if time.monotonic() > deadline:
+            raise RunError(f"{' '.join(unknown)} starts and starts", hint="cancel it by its id")
+        time.sleep(0.2)
 
 
 def _is_in_work(target: Target) -> bool:
@@ -163,8 +222,7 @@ def _look_after(name: str, inventory: Inventory) -> None:
     from tripletkit.tune import claims
 
     if name != inventory.study_name:
-        other = configuration.with_values(inventory.config, tuning={"study_name": name})
-        inventory = Inventory(other, inventory.patience)
+        inventory = Inventory(of_study(inventory.config, name), inventory.patience)
     try:
         shared = inventory.study()
         lost = claims.lost(shared, lambda ids: records.states(inventory.logs, ids))
@@ -212,7 +270,7 @@ def _how_far(target: Target, trials: Sequence[FrozenTrial], busy: Collection[Job
     return f"{trials[0].state.name}; {jobs}" if trials else jobs
 
 
-def _settled(inventory: Inventory, jobs: Sequence[Job]) -> list[Job]:
+def _settled(inventory: Inventory, jobs: Collection[Job]) -> list[Job]:
     """How the jobs ended, also if they did not say so and the accounting does not know yet."""
     deadline = time.monotonic() + LAG
     while True:
@@ -224,20 +282,25 @@ def _settled(inventory: Inventory, jobs: Sequence[Job]) -> list[Job]:
 
 def _judge(target: Target, trials: Sequence[FrozenTrial], jobs: Sequence[Job]) -> None:
     """Say how it ended. Raises RunError unless all is well."""
-    problems = list(target.inventory.warnings)
+    problems = []
     for job in jobs:
         if job.failed:
             said = f", {job.record.message}" if job.record and job.record.message else ""
             problems.append(f"{job.id} {job.name}: {job.state}{said}")
     if target.kind == "trial":
-        states = [trial.state.name for trial in trials]
+        states = [trial.state.name for trial in trials] or ["out of reach"]
         problems += [f"{target} is {s}" for s in states if s not in ("COMPLETE", "PRUNED")]
     if target.kind == "study" and not _is_done(target, trials):
         said = summary(study_of(target.inventory, trials, ()))
         problems.append(f"{said}; trials are left, and no worker is")
+    elif target.kind == "study":  # others went on with what a worker left
+        for problem in problems:
+            logger.warning("%s", problem)
+        problems.clear()
     if problems:
         raise RunError(
-            "\n".join(problems), hint="`tripletkit status`, `tripletkit logs` and `tripletkit why`"
+            "\n".join([*target.inventory.warnings, *problems]),
+            hint="`tripletkit status`, `tripletkit logs` and `tripletkit why`",
         )
     if target.kind == "study":
         _say(summary(study_of(target.inventory, trials, ())))

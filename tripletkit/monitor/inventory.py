@@ -104,9 +104,10 @@ class Inventory:
 
     def __init__(self, config: Config, patience: float = 0) -> None:
         self.paths = StudyPaths(config.output_dir / config.tuning.study_name)
-        self.config = _as_prepared(config, self.paths)
+        self.config = config
         self.logs = LogPaths(config.global_.log_dir)
         self.warnings: list[str] = []
+        self.unseen = False  # Slurm, which alone knows of jobs that wait, did not answer just now
         self.patience = patience
         self._shared: SharedStudy | None = None
         self._settled: dict[str, Job] = {}
@@ -177,7 +178,10 @@ class Inventory:
         return {job.id: job for job in sorted(here, key=lambda job: job.age)}
 
     def settled(self, jobs: Iterable[Job]) -> dict[str, Job]:
-        """The same jobs; of those that left the queue, how the accounting says that they ended."""
+        """The same jobs; of those that left the queue, how the accounting says that they ended.
+
+        It calls a job "allocation" that was over before it heard of its start.
+        """
         wanted = {job.id: job for job in jobs}
         asked = {
             job.id
@@ -191,10 +195,11 @@ class Inventory:
                 self._warn(f"cannot ask the accounting: {error.message}")
                 past = {}
             for job in asked & past.keys():
-                run = past[job]
+                run, name = past[job], wanted[job].name
                 if run.state in ENDED:  # the accounting lags behind by a second or two
                     self._settled[job] = replace(
-                        wanted[job], name=run.name, state=run.state, node=run.node,
+                        wanted[job], name=run.name if run.name.startswith(name) else name,
+                        state=run.state, node=run.node,
                         elapsed=seconds(run.elapsed), limit=seconds(run.limit),
                     )  # fmt: skip
         return {
@@ -202,11 +207,16 @@ class Inventory:
         }
 
     def ended(self, job: Job) -> float:
-        """About when a job ended, as Unix time: as it says, or when it wrote its log; else now."""
+        """About when a job ended, as Unix time: as it says, or when it wrote its log.
+
+        Without a log it ended now if there is a record, as it was killed before it could say more,
+        and long ago if only a trial remembers it.
+        """
         if job.record is not None and job.record.ended is not None:
             return time.time() - _since(job.record.ended)
         logs = (self.logs.out(job.stage, job.id), self.logs.err(job.stage, job.id))
-        return max((path.stat().st_mtime for path in logs if path.exists()), default=time.time())
+        silent = 0.0 if job.record is None else time.time()
+        return max((path.stat().st_mtime for path in logs if path.exists()), default=silent)
 
     def has_submitted(self, job: str) -> bool:
         """Whether a job was submitted with our log folder, even if it never started."""
@@ -214,11 +224,13 @@ class Inventory:
 
     def _queued(self) -> list[queue.QueuedJob] | None:
         """What is ours in the queue; None if nobody can say."""
+        self.unseen = False
         if not queue.available():
             return None
         try:
             return [row for row in queue.queued() if row.name.partition(":")[0] in STAGES]
         except ClusterError as error:
+            self.unseen = True
             self._warn(f"cannot ask Slurm: {error.message}")
             return None
 
@@ -270,12 +282,14 @@ def _ranges(numbers: list[int]) -> str:
     return ",".join("-".join(map(str, part)) for part in parts)
 
 
-def _as_prepared(config: Config, paths: StudyPaths) -> Config:
-    """The study as its workers know it: flags of `tune` count, and need not be given again."""
-    if not paths.config.exists():
-        return config
-    prepared = configuration.load(paths.config, environ={})
-    return config.model_copy(update={"tuning": prepared.tuning})
+def of_study(config: Config, name: str) -> Config:
+    """The configuration of another study, with its [tuning] as `tune` left it in its folder."""
+    other = configuration.with_values(config, tuning={"study_name": name})
+    own = StudyPaths(other.output_dir / name).config
+    if not own.exists():
+        return other
+    tuning = configuration.load(own, environ={}).tuning.model_dump(exclude={"output_dir"})
+    return configuration.with_values(other, tuning=tuning)
 
 
 def _process(

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from tripletkit import log
+from tripletkit.cluster.jobs import LOCAL
 from tripletkit.errors import RunError
 from tripletkit.log import logger
 from tripletkit.monitor.inventory import Job
@@ -71,46 +72,49 @@ class Tail:
 def show(target: Target, lines: int) -> None:
     """Print the last lines of each log. Raises RunError if there is none."""
     files = _files(target, target.jobs(_attempted(target)))
-    written = [path for path in files if path.exists() and path.stat().st_size]
+    written = _written(files)
     if not written:
-        raise RunError(
-            f"{target} has written no log" + (f" {files[0]}" if files else ""),
-            hint="-f waits for it; `tripletkit status` shows what runs",
-        )
+        raise _nothing(target, files, "-f waits for it; `tripletkit status` shows what runs")
     emit = _emitter(target, written)
     for path in written:
         tail = Tail(path)
         tail.skip_to_last(lines)
-        emit(path, tail.read(to_the_end=True))
+        if text := tail.read(to_the_end=True):
+            emit(path, text)
 
 
 def follow(target: Target, lines: int) -> None:
-    """Print the last lines of each log and then what is added, until the jobs are over."""
-    tails: dict[Path, Tail] = {}
-    emit: Emit | None = None
+    """Print the last lines of each log and then what is added, until the jobs are over.
+
+    Raises RunError if they are over already and there is none.
+    """
     attempted = _attempted(target)
-    pause, ask_at, over = ASK[0], 0.0, False
+    jobs = target.jobs(attempted)
+    files, over = _files(target, jobs), _is_over(target, jobs)
+    if over and not _written(files):
+        raise _nothing(target, files, "`tripletkit status` shows what runs")
+    if not over and not any(path.exists() for path in files):
+        logger.info("waiting for the log of %s", target)
+    emit = _emitter(target, files)
+    tails = {path: Tail(path) for path in files}
+    for tail in tails.values():
+        tail.skip_to_last(lines)
+    warned: set[str] = set()
+    pause, asked = ASK[0], time.monotonic()
     while True:
-        if time.monotonic() >= ask_at:
-            jobs = target.jobs(attempted)
-            over = _is_over(target, jobs)
-            files = _files(target, jobs)
-            for path in [path for path in files if path not in tails]:
-                tails[path] = Tail(path)
-                if emit is None:
-                    tails[path].skip_to_last(lines)
-            if emit is None:
-                emit = _emitter(target, files)
-                if not over and not any(path.exists() for path in files):
-                    logger.info("waiting for the log of %s", target)
-            ask_at, pause = time.monotonic() + pause, min(1.5 * pause, ASK[1])
-        assert emit
         for path, tail in tails.items():
             if text := tail.read(to_the_end=over):
                 emit(path, text)
         if over:
             return
         time.sleep(POLL)
+        if time.monotonic() - asked >= pause:
+            jobs = target.jobs(attempted)
+            over = _is_over(target, jobs)
+            for path in _files(target, jobs):
+                tails.setdefault(path, Tail(path))
+            _warn(target, warned)
+            pause, asked = min(1.5 * pause, ASK[1]), time.monotonic()
 
 
 def _files(target: Target, jobs: dict[str, Job]) -> list[Path]:
@@ -121,6 +125,15 @@ def _files(target: Target, jobs: dict[str, Job]) -> list[Path]:
     logs = inventory.logs
     both = [(job, of(job.stage, job.id)) for job in jobs.values() for of in (logs.err, logs.out)]
     return [path for job, path in both if job.active or path.exists()]
+
+
+def _written(files: Collection[Path]) -> list[Path]:
+    """Those that say anything."""
+    return [path for path in files if path.exists() and path.stat().st_size]
+
+
+def _nothing(target: Target, files: Sequence[Path], hint: str) -> RunError:
+    return RunError(f"{target} has written no log" + (f" {files[0]}" if files else ""), hint=hint)
 
 
 def _attempted(target: Target) -> set[str]:
@@ -134,6 +147,13 @@ def _attempted(target: Target) -> set[str]:
     }
 
 
+def _warn(target: Target, warned: set[str]) -> None:
+    """Say what could not be asked, once."""
+    for warning in sorted({*target.inventory.warnings} - warned):
+        logger.warning("%s; asking again", warning)
+    warned |= {*target.inventory.warnings}
+
+
 def _is_over(target: Target, jobs: dict[str, Job]) -> bool:
     """Nothing will be written any more."""
     if target.kind == "trial":
@@ -142,6 +162,9 @@ def _is_over(target: Target, jobs: dict[str, Job]) -> bool:
             return True
         study = Target("study", target.inventory.study_name, target.inventory)
         jobs = {id_: job for id_, job in study.jobs().items() if job.stage == "tune"}
+    local = jobs and all(id_.startswith(LOCAL) for id_ in jobs)
+    if target.inventory.unseen and not local:
+        return False
     return all(job.over for job in jobs.values())
 
 
@@ -159,7 +182,7 @@ def _emitter(target: Target, files: Collection[Path]) -> Emit:
         if shown[-1:] != [path]:
             _write(f"==> {path.name} <==\n")
             shown.append(path)
-        _write(text)
+        _write(text.removesuffix("\n") + "\n")  # the next name begins a line
 
     return below_its_name
 

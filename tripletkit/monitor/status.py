@@ -88,13 +88,17 @@ def gather(inventory: Inventory, room: Room | None = None) -> Status:
     rows = [_row(trial, inventory) for trial in shown]
     # How the job of a finished trial ended is of interest to programs only.
     told = {row.job for row in rows if room is None or row.state not in ("COMPLETE", "PRUNED")}
-    settled = inventory.settled(jobs[id_] for id_ in told if id_ in jobs)
-    others = _others(inventory, jobs.values(), working, settled)
+    ended = _ended(inventory, jobs.values(), told)
+    asked = {*told, *ended}
+    settled = inventory.settled(job for job in jobs.values() if job.id in asked)
+    others = _news(inventory, [settled[id_] for id_ in ended])
+    others += _active(inventory, jobs.values(), working)
+    beside = {id_: job for id_, job in settled.items() if id_ in told}
     return Status(
         study=study,
         rows=rows,
         hidden=len(trials or ()) - len(rows),
-        jobs={**settled, **{job.id: job for job in others}},
+        jobs={**beside, **{job.id: job for job in others}},
         others=others,
         warnings=list(inventory.warnings),
     )
@@ -161,7 +165,9 @@ def study_of(inventory: Inventory, trials: Sequence[FrozenTrial], jobs: Iterable
 
 def _best(trials: Sequence[FrozenTrial], direction: str) -> Best | None:
     complete = [
-        (t, t.value) for t in trials if t.state == TrialState.COMPLETE and t.value is not None
+        (t, t.value)
+        for t in trials
+        if t.state == TrialState.COMPLETE and t.value is not None and math.isfinite(t.value)
     ]
     if not complete:
         return None
@@ -201,8 +207,8 @@ def _newest(trials: Sequence[FrozenTrial], room: Room | None) -> list[FrozenTria
 def _row(trial: FrozenTrial, inventory: Inventory) -> Row:
     mark = claims.owner(trial) or {}
     steps = sorted(trial.intermediate_values)
-    values = [v for v in trial.intermediate_values.values() if math.isfinite(v)]
-    values += [] if trial.value is None else [trial.value]
+    said = (*trial.intermediate_values.values(), trial.value)
+    values = [value for value in said if value is not None and math.isfinite(value)]
     choose = _extreme(storage.direction(inventory.config.tuning.objective))
     last = trial.intermediate_values[steps[-1]] if steps else None
     return Row(
@@ -229,24 +235,39 @@ def _seconds(trial: FrozenTrial, now: float) -> float:
 # Jobs
 
 
-def _others(
-    inventory: Inventory,
-    jobs: Iterable[Job],
-    working: Collection[str | None],
-    told: Collection[str],
-) -> list[Job]:
-    """Jobs that no trial's row tells of: what ended of late, and those that wait or run."""
+def _is_ours(inventory: Inventory, job: Job) -> bool:
+    """It works for the study, may do so, or was started with our log folder."""
+    if job.stage in OF_STUDY:
+        return job.subject in (inventory.study_name, "")
+    return job.here
 
-    def is_ours(job: Job) -> bool:
-        of_study = job.stage in OF_STUDY
-        return job.subject in (inventory.study_name, "") if of_study else job.here
 
-    ours = [job for job in jobs if is_ours(job)]
+def _ended(inventory: Inventory, jobs: Iterable[Job], told: Collection[str | None]) -> list[str]:
+    """Jobs that ended of late, and that no trial's row tells of."""
     late = time.time() - DAY
-    ended = inventory.settled(
-        job for job in ours if job.over and job.id not in told and inventory.ended(job) > late
-    )
-    # That a worker, or the job that tidies up behind it, is done is no news.
-    news = [job for job in ended.values() if job.failed or job.stage not in ("tune", "tidy")]
-    active = [job for job in ours if not job.over and job.id not in working]
-    return [job for job in news if is_ours(job)] + active
+    return [
+        job.id
+        for job in jobs
+        if job.over
+        and job.id not in told
+        and _is_ours(inventory, job)
+        and inventory.ended(job) > late
+    ]
+
+
+def _news(inventory: Inventory, ended: Iterable[Job]) -> list[Job]:
+    """That a worker, or the job that tidies up behind it, is done is no news."""
+    return [
+        job
+        for job in ended
+        if (job.failed or job.stage not in ("tune", "tidy")) and _is_ours(inventory, job)
+    ]
+
+
+def _active(
+    inventory: Inventory, jobs: Iterable[Job], working: Collection[str | None]
+) -> list[Job]:
+    """Jobs that wait or run without a trial."""
+    return [
+        job for job in jobs if not job.over and job.id not in working and _is_ours(inventory, job)
+    ]

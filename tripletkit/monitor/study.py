@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from datetime import datetime
@@ -75,7 +76,7 @@ def best(inventory: Inventory, *, as_json: bool) -> None:
     found = best_trial.from_study(inventory.study().study, inventory.config.tuning.objective)
     if as_json:
         wanted = ("number", "metric", "value", "epoch", "params")
-        log.out.print_json(json.dumps({key: getattr(found, key) for key in wanted}))
+        log.out.print_json(json.dumps(_as_json({key: getattr(found, key) for key in wanted})))
         return
     epoch = f" in epoch {found.epoch}" if found.epoch is not None else ""
     lines = [f"# {found.source}: {found.metric} {shown_value(found.value)}{epoch}"]
@@ -112,7 +113,7 @@ def _range(range_: Range) -> str:
         return f"one of {', '.join(map(str, range_.choices))}"
     step = getattr(range_, "step", 1)
     extras = [" (log)"] if range_.log else [f" (step {step})"] if step != 1 else []
-    return "".join([f"{range_.low:g} to {range_.high:g}", *extras])
+    return "".join([f"{range_.low} to {range_.high}", *extras])
 
 
 def _best_table(complete: Sequence[FrozenTrial], objective: str, direction: str) -> Any:
@@ -127,13 +128,20 @@ def _best_table(complete: Sequence[FrozenTrial], objective: str, direction: str)
 
 
 def _importances(study: optuna.Study, complete: Sequence[FrozenTrial]) -> dict[str, float] | None:
-    """Share of each parameter in what makes trials good; None while there are too few."""
+    """Share of each parameter in what makes trials good; None while there are too few.
+
+    Empty where nobody can say: there are no parameters, or the values of the trials are all alike.
+    """
     if len(complete) < ENOUGH:
         return None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         evaluator = optuna.importance.PedAnovaImportanceEvaluator()
-        return optuna.importance.get_param_importances(study, evaluator=evaluator)
+        warnings.filterwarnings("error", ".*importances will be equal")
+        try:
+            return optuna.importance.get_param_importances(study, evaluator=evaluator)
+        except UserWarning:
+            return {}
 
 
 # Rows
@@ -155,6 +163,17 @@ def _row(trial: FrozenTrial) -> dict[str, Any]:
     }
 
 
+def _as_json(value: Any) -> Any:
+    """The same for JSON, which has neither times nor infinite numbers: those are null."""
+    if isinstance(value, dict):
+        return {key: _as_json(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_as_json(each) for each in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value.isoformat() if isinstance(value, datetime) else value
+
+
 def _columns(trials: Sequence[FrozenTrial]) -> dict[str, list[Any]]:
     """The rows side by side, with a column for each parameter and attribute."""
     rows = [_row(trial) for trial in trials]
@@ -166,14 +185,14 @@ def _columns(trials: Sequence[FrozenTrial]) -> dict[str, list[Any]]:
         for key in sorted({key for row in rows for key in row[name]}):
             values = [row[name].get(key) for row in rows]
             if name == "user_attrs":
-                values = [None if value is None else json.dumps(value) for value in values]
+                values = [None if v is None else json.dumps(_as_json(v)) for v in values]
             columns[f"{name}_{key}"] = values
     return columns
 
 
 def _json(trials: Sequence[FrozenTrial]) -> bytes:
-    rows = [_row(trial) for trial in trials]
-    return (json.dumps(rows, indent=2, default=lambda moment: moment.isoformat()) + "\n").encode()
+    rows = [_as_json(_row(trial)) for trial in trials]
+    return (json.dumps(rows, indent=2) + "\n").encode()
 
 
 def _csv(trials: Sequence[FrozenTrial]) -> bytes:
@@ -190,15 +209,23 @@ def _parquet(trials: Sequence[FrozenTrial]) -> bytes:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    table = pa.table({name: _array(values) for name, values in _columns(trials).items()})
+    # Also where nothing is known yet: tables of two studies must go together.
+    moment = pa.timestamp("us")
+    known = {
+        "number": pa.int64(), "state": pa.string(), "value": pa.float64(),
+        "datetime_start": moment, "datetime_complete": moment, "duration": pa.float64(),
+        "job": pa.string(), "attempts": pa.int64(),
+    }  # fmt: skip
+    columns = _columns(trials).items()
+    table = pa.table({name: _array(values, known.get(name)) for name, values in columns})
     sink = io.BytesIO()
     pq.write_table(table, sink)
     return sink.getvalue()
 
 
-def _array(values: Sequence[Any]) -> pa.Array:
+def _array(values: Sequence[Any], kind: pa.DataType | None) -> pa.Array:
     import pyarrow as pa
 
     if {bool, str} & set(map(type, values)) and len({type(v) for v in values if v is not None}) > 1:
         values = [None if value is None else str(value) for value in values]  # a mixed choice
-    return pa.array(values)
+    return pa.array(values, kind)

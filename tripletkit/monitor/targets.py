@@ -9,11 +9,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from tripletkit import config as configuration
 from tripletkit.cluster.jobs import LOCAL
 from tripletkit.config import Config
 from tripletkit.errors import ConfigError
-from tripletkit.monitor.inventory import GONE, OF_RUN, OF_STUDY, Inventory, Job, owner, spans
+from tripletkit.monitor.inventory import (
+    GONE,
+    OF_RUN,
+    OF_STUDY,
+    Inventory,
+    Job,
+    of_study,
+    owner,
+    spans,
+)
 from tripletkit.paths import StudyPaths
 
 if TYPE_CHECKING:
@@ -67,7 +75,7 @@ class Target:
 
 
 def resolve(text: str | None, config: Config, patience: float = 0) -> Target:
-    """What `text` names; the configured study without one.
+    """What `text` names; the configured study without one. `config` is `load_study`'s.
 
     `job:123` and `trial:7` leave no doubt; a mere number is a trial if the study has it, else a
     job. `patience` as of the Inventory. Raises ConfigError that lists what there is.
@@ -86,8 +94,7 @@ def resolve(text: str | None, config: Config, patience: float = 0) -> Target:
     if text in {_run_of(each) for each in jobs.values()}:
         return Target("run", text, inventory)
     if _STUDY.fullmatch(text) and text in {*_studies(jobs.values()), *_folders(config)}:
-        other = configuration.with_values(config, tuning={"study_name": text})
-        return Target("study", text, Inventory(other, patience))
+        return Target("study", text, Inventory(of_study(config, text), patience))
     raise ConfigError(
         f"nothing here is called {text!r}", hint="\n".join(_offer(inventory, jobs.values(), config))
     )
@@ -136,6 +143,7 @@ def _offer(inventory: Inventory, jobs: Collection[Job], config: Config) -> Itera
     ):
         if names:
             yield f"{kind}: {', '.join(sorted(names) if isinstance(names, set) else names)}"
+    yield from inventory.warnings  # what there is may be more than what answered
     yield (
         f"looked at {inventory.paths.root} and the jobs of {inventory.logs.root}: "
         "--study-name and --config say where else"

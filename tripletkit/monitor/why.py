@@ -60,9 +60,8 @@ def why_trial(inventory: Inventory, number: int) -> Why:
         job = _job_facts(inventory.logs, newest["job"], asked, inventory.paths.trial(number))
         if trial.state != "RUNNING":
             job = _as_of(job, newest["restart"])
-    history = [
-        _attempt(each, asked.runs, is_last=each is trial.attempts[-1]) for each in trial.attempts
-    ]
+    going_on = trial.attempts[-1] if trial.attempts and trial.state in ("RUNNING", "") else None
+    history = [_attempt(each, asked.runs, goes_on=each is going_on) for each in trial.attempts]
     return Why(diagnosis.diagnose(trial, job), history)
 
 
@@ -95,7 +94,9 @@ def workers(inventory: Inventory) -> dict[str, str]:
     """The study's workers that run or wait, and the reason why those wait."""
     name = f"tune:{inventory.study_name}"
     return {
-        job.id: job.reason for job in inventory.jobs().values() if job.active and job.name == name
+        job.id: "" if job.state == "RUNNING" else job.reason
+        for job in inventory.jobs().values()
+        if job.active and job.name == name
     }
 
 
@@ -206,14 +207,14 @@ def _end_of(file: Path, job: str) -> list[Line]:
     return found
 
 
-def _attempt(each: Mapping[str, Any], runs: Iterable[PastJob], *, is_last: bool) -> Attempt:
+def _attempt(each: Mapping[str, Any], runs: Iterable[PastJob], *, goes_on: bool) -> Attempt:
     started = [run for run in runs if run.id == each["job"] and run.node]
     run = started[each["restart"]] if each["restart"] < len(started) else None
     ended = each.get("ended") or (_utc(run.end) if run else "")
     how = diagnosis.how_it_ended(each, run if run and run.end else None)
     return Attempt(
         each["attempt"], each["job"], (run.node if run else "") or each["host"],
-        each["from_epoch"], each["started"], ended, how or ("" if is_last else "killed"),
+        each["from_epoch"], each["started"], ended, how or ("" if goes_on else "killed"),
     )  # fmt: skip
 
 
