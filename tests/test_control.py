@@ -616,6 +616,19 @@ def test_the_worker_that_failed_is_named(here, waiting):
     assert "`tripletkit why`" in said.err
 
 
+def test_a_worker_that_failed_is_a_warning_if_others_finish_the_study(here, waiting):
+    shared = here.study("s", n_trials=1)
+    with Process(here, "tune:s") as bad, Process(here, "tune:s") as good:
+        looks = waiting(here)
+        looks.sees("2 RUNNING")
+        bad.ends(3)
+        looks.sees("1 RUNNING")
+        tell(shared, sign(shared, good.id))
+        said = looks.end()
+    assert said.code == 0
+    assert f"{bad.id} tune:s: FAILED, as told" in said.err
+
+
 def test_what_failed_before_is_history(here, waiting):
     shared = here.study("s", n_trials=1)
     with Process(here, "tune:s") as failed:

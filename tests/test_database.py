@@ -23,7 +23,7 @@ import pytest
 
 from tests.cluster import wait
 from tripletkit import config as configuration
-from tripletkit import stages
+from tripletkit import stages, submission
 from tripletkit.config import Config, Tuning
 from tripletkit.errors import DONE, ConfigError, Interrupted, StorageError
 from tripletkit.paths import StudyPaths
@@ -371,6 +371,16 @@ def test_a_connection_is_printed_without_its_password():
 
 
 # --- one server at a time --------------------------------------------------------------------
+
+
+def test_up_again_starts_no_second_server(folder, start, capsys):
+    job = start(folder).up()
+    process = job.server()
+
+    since = lease.read(DatabasePaths(folder).record).since
+    assert submission.start_database(Config(), folder, "local", workers=20, asked=()) == DONE
+    assert f"PostgreSQL is up since {since}" in capsys.readouterr().out
+    assert job.server() == process
 
 
 def test_a_second_server_is_refused_while_the_first_lives(folder, start):

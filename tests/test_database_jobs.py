@@ -85,19 +85,17 @@ def assert_gone(slurm, job: str) -> None:
 def test_its_job_is_small_and_long_and_the_user_may_say_otherwise(slurm, place, tmp_path):
     workers = {"time": "00:30:00", "mem": "15000M", "cpus_per_task": 8, "gpus": 1}
     config = fleet.write_config(tmp_path, slurm=workers, tuning={"storage_path": place / "db"})
-    asked = ("--time", "20", "--cpus-per-task", "1")
-    first = up(place / "one", config)
-    second = up(place / "two", config, *asked)
-    facts = queue.job_facts(first)
-    assert facts["TimeLimit"] == "1-00:00:00"  # of the partition
-    assert facts["TRES"].startswith("cpu=2,mem=4G,node=1")
-    assert "gpu" not in facts["TRES"]
-    facts = queue.job_facts(second)
-    assert facts["TimeLimit"] == "00:20:00"
-    assert facts["TRES"].startswith("cpu=1,mem=4G,node=1")
-    assert database.status(place / "one").max_connections == 300
-    for name, job in (("one", first), ("two", second)):
-        database.down(place / name)
+    for flags, limit, resources in (
+        ((), "1-00:00:00", "cpu=2,mem=4G,node=1"),  # the time is that of the partition
+        (("--time", "20", "--cpus-per-task", "1"), "00:20:00", "cpu=1,mem=4G,node=1"),
+    ):
+        job = up(place / "db", config, *flags)
+        facts = queue.job_facts(job)
+        assert facts["TimeLimit"] == limit
+        assert facts["TRES"].startswith(resources)
+        assert "gpu" not in facts["TRES"]
+        assert database.status(place / "db").max_connections == 300
+        database.down(place / "db")
         assert set(slurm.states(job).values()) == {"COMPLETED"}
 
 
@@ -257,8 +255,11 @@ def test_a_job_that_stays_for_something_else_is_left_alone(place, monkeypatch, c
 def test_workers_of_the_cluster_use_a_database_of_the_cluster(slurm, place, tmp_path):
     """The commands as in the manual; the nodes of the test cluster are this host under other names."""
     folder = place / "db"
-    config = fleet.write_config(tmp_path, tuning={"storage_path": folder})
-    up(folder, config)
+    # Whole nodes: sinfo of Slurm 22.05 takes minutes to see that nodes are idle which jobs shared.
+    config = fleet.write_config(
+        tmp_path, tuning={"storage_path": folder}, slurm={"cpus_per_task": 8, "mem": "8000M"}
+    )
+    up(folder, config, "--cpus-per-task", "8")
     loaded = configuration.load(config, environ={})
     study.check_reach(Tuning(storage_path=folder), {"n1", "n2"})
     fleet.tripletkit(

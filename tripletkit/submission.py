@@ -146,6 +146,9 @@ def start_database(
     from tripletkit.tune import database
 
     options = {"folder": str(folder), "max_connections": database.max_connections_for(workers)}
+    if (now := database.status(folder)).state == "up":
+        log.out.print(f"PostgreSQL is {now}", soft_wrap=True)
+        return DONE
     if cluster == "here":
         return _here("db", config, options)
     own: dict[str, Any] = {key: DATABASE[key] for key in DATABASE.keys() - set(asked)}
