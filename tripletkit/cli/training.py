@@ -77,7 +77,7 @@ def evaluate(
 def demo(
     folder: Annotated[Path, typer.Argument(help="Folder for everything it writes.")] = Path("demo"),
 ) -> None:
-    """Run the whole job on real data made from fonts: about a minute on two cores."""
+    """Run the whole job on real data made from fonts: a few minutes on two cores."""
     from tripletkit import demo
 
     raise typer.Exit(demo.run(folder))
