@@ -54,7 +54,7 @@ requeue() {
     until answer=$(scontrol requeue "$job" 2>&1) || [[ $answer == *"pending execution"* ]]; do
         echo "scontrol requeue $job: $answer" >&2
         # Only a controller that is away, for a restart perhaps, is worth another try.
-        [[ $answer =~ "Unable to contact"|"timed out" ]] || return
+        [[ $answer =~ "Unable to contact"|"timed out" ]] || return 0
         sleep 5 || true
     done
     { sleep 600 || true; } 2>/dev/null # for Slurm to end this start of the job

@@ -47,8 +47,8 @@ _NETWORK = re.compile(
     r"|fuse\.(ceph|ceph-fuse|glusterfs|sshfs|juicefs|quobyte|mfs|s3fs|rclone|gcsfuse|lustre))"
 )
 WAYS_OUT = (
-    "for workers on several nodes start a PostgreSQL with `tripletkit db up`, or use an Optuna "
-    "journal: --storage-path with a file *.journal"
+    "for workers on several nodes start a PostgreSQL with `tripletkit db up --cluster slurm`, or "
+    "use an Optuna journal: --storage-path with a file *.journal"
 )
 
 

@@ -68,10 +68,10 @@ def check_reach(tuning: Tuning, hosts: Collection[str]) -> None:
         return
     kind = storage.kind_of(tuning)
     if kind == "sqlite":
-        what, hint = "is SQLite", _ON_THE_CLUSTER
+        what, hint = "is SQLite", storage.WAYS_OUT
     elif kind == "postgresql" and postgresql.is_private(tuning):
         what = "is a PostgreSQL"
-        hint = f"name the server's host in --storage-url as the nodes know it, or {_ON_THE_CLUSTER}"
+        hint = f"name the server's host in --storage-url as the nodes know it; {storage.WAYS_OUT}"
         if tuning.storage_url is None:
             folder = tuning.storage_path
             hint = (
@@ -84,12 +84,6 @@ def check_reach(tuning: Tuning, hosts: Collection[str]) -> None:
         f"workers are to run on {', '.join(others[:3])}{' ...' if len(others) > 3 else ''}",
         hint=hint,
     )
-
-
-_ON_THE_CLUSTER = (
-    "start a PostgreSQL that the nodes reach with `tripletkit db up --cluster slurm`, or use an "
-    "Optuna journal: --storage-path with a file *.journal"
-)
 
 
 def _check_room(config: Config) -> None:
