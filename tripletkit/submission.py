@@ -166,14 +166,11 @@ def start_database(
 
 def _database_time(slurm: Slurm) -> str:
     """A day, or what the partition allows; no less than the workers have."""
-    asked = resources.parameters(slurm)
-    names = asked.get("partition", "").split(",")
     minutes = [24 * 60]
-    for each in queue.partitions():
-        if each["PartitionName"] in names or (names == [""] and each["Default"] == "YES"):
-            with contextlib.suppress(ValueError):  # UNLIMITED
-                minutes.append(resources.seconds(each["MaxTime"]) // 60)
-    return str(max(asked["time"], min(minutes)))
+    for limit in resources.longest(slurm):
+        with contextlib.suppress(ValueError):  # UNLIMITED
+            minutes.append(resources.seconds(limit) // 60)
+    return str(max(resources.parameters(slurm)["time"], min(minutes)))
 
 
 def _job(stage: str, config: Config, options: Mapping[str, Any] | None = None, **more: Any) -> Job:

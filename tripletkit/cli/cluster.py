@@ -6,14 +6,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tripletkit.cli.options import AsJson, ConfigFile, Overrides, flags, load_study
+from tripletkit.cli.options import (
+    PATIENCE,
+    STUDY_FLAG,
+    AsJson,
+    ConfigFile,
+    Overrides,
+    flags,
+    load_study,
+)
 from tripletkit.errors import ConfigError, Interrupted
 
 if TYPE_CHECKING:
     from tripletkit.monitor.targets import Target
 
-STUDY_FLAG = {"study_name": "The study; default: the one of the configuration."}
-PATIENCE = 10.0  # seconds to wait for the storage where something hangs on it
 
 SomeTarget = Annotated[
     str | None,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tripletkit.cli.options import AsJson, ConfigFile, Overrides, flags, load_study
+from tripletkit.cli.options import PATIENCE, AsJson, ConfigFile, Overrides, flags, load_study
 from tripletkit.cli.tuning import STUDY_FLAGS
 from tripletkit.errors import ClusterError
 from tripletkit.log import logger, out
@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     from tripletkit.monitor.checks import Finding
     from tripletkit.monitor.site import Setting
     from tripletkit.monitor.why import Why
-
-PATIENCE = 10.0  # seconds to wait for a storage that is away: that it is away is an answer, too
 
 
 @flags("tuning", STUDY_FLAGS)

@@ -50,6 +50,8 @@ SLURM_FLAGS = {
     "gres": "A gres string instead of --gpus.",
     "constraint": "Node features.",
 }
+STUDY_FLAG = {"study_name": "The study; default: the one of the configuration."}
+PATIENCE = 10.0  # seconds to wait for a storage that is away: that it is away is an answer, too
 ALIASES = {"workers": ["--workers", "--num-workers"]}
 
 

@@ -7,13 +7,20 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tripletkit.cli.options import AsJson, ConfigFile, Overrides, flags, help_if_alone, load_study
+from tripletkit.cli.options import (
+    PATIENCE,
+    STUDY_FLAG,
+    AsJson,
+    ConfigFile,
+    Overrides,
+    flags,
+    help_if_alone,
+    load_study,
+)
 
 if TYPE_CHECKING:
     from tripletkit.monitor.inventory import Inventory
 
-STUDY_FLAG = {"study_name": "The study; default: the one of the configuration."}
-PATIENCE = 10.0  # seconds to wait for the storage
 
 app = typer.Typer()
 

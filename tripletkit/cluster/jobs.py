@@ -162,7 +162,7 @@ def new_record(
     job: str, stage: str, name: str, config: str, *, before: Record | None = None
 ) -> Record:
     """The record of a job that starts here and now; `before` is that of its former start."""
-    again = before is not None and before.restart < restart_count()
+    again = before if before is not None and before.restart < restart_count() else None
     return Record(
         job=job,
         stage=stage,
@@ -172,7 +172,7 @@ def new_record(
         restart=restart_count(),
         config=config,
         started=fsio.timestamp(),
-        fruitless=before.fruitless if before is not None and again else 0,
+        fruitless=again.fruitless if again is not None else 0,
     )
 
 

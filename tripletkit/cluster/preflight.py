@@ -53,11 +53,7 @@ def _check_limit(job: Job, limit: int) -> None:
     if "qos" in asked:
         return
     names = asked.get("partition", "").split(",")
-    allowed = [
-        each["MaxTime"]
-        for each in queue.partitions()
-        if each["PartitionName"] in names or (names == [""] and each["Default"] == "YES")
-    ]
+    allowed = resources.longest(job.slurm)
     with contextlib.suppress(ValueError):  # UNLIMITED
         if allowed and limit > max(resources.seconds(time) for time in allowed):
             raise ClusterError(

@@ -98,6 +98,16 @@ def parameters(slurm: Slurm) -> dict[str, Any]:
     return {key: value for key, value in found.items() if value is not None}
 
 
+def longest(slurm: Slurm) -> list[str]:
+    """The time limits (MaxTime) of the partitions that a job may run in. Raises ClusterError."""
+    names = parameters(slurm).get("partition", "").split(",")
+    return [
+        each["MaxTime"]
+        for each in queue.partitions()
+        if each["PartitionName"] in names or (names == [""] and each["Default"] == "YES")
+    ]
+
+
 def refused(words: str, slurm: Slurm) -> ClusterError:
     """An error with sbatch's words, and what to do about them."""
     for pattern, advice in ADVICE:
