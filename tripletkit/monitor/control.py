@@ -149,10 +149,7 @@ def _starting(logs: LogPaths) -> list[str]:
 
 def _silence(target: Target) -> str:
     """What there is instead of Slurm's answer. It alone knows of jobs that have not started yet."""
-    if target.name.startswith(LOCAL):
-        return ""
-    said = target.inventory.warnings
-    return next((line for line in said if line.startswith("cannot ask Slurm")), "")
+    return "" if target.name.startswith(LOCAL) else target.inventory.silence
 
 
 # cancel

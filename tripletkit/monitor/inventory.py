@@ -107,7 +107,7 @@ class Inventory:
         self.config = config
         self.logs = LogPaths(config.global_.log_dir)
         self.warnings: list[str] = []
-        self.unseen = False  # Slurm, which alone knows of jobs that wait, did not answer just now
+        self.silence = ""  # instead of Slurm's last answer; it alone knows of jobs that wait
         self.patience = patience
         self._shared: SharedStudy | None = None
         self._settled: dict[str, Job] = {}
@@ -224,14 +224,14 @@ class Inventory:
 
     def _queued(self) -> list[queue.QueuedJob] | None:
         """What is ours in the queue; None if nobody can say."""
-        self.unseen = False
+        self.silence = ""
         if not queue.available():
             return None
         try:
             return [row for row in queue.queued() if row.name.partition(":")[0] in STAGES]
         except ClusterError as error:
-            self.unseen = True
-            self._warn(f"cannot ask Slurm: {error.message}")
+            self.silence = f"cannot ask Slurm: {error.message}"
+            self._warn(self.silence)
             return None
 
     def _logged(self) -> dict[str, str]:

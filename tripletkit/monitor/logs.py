@@ -163,7 +163,7 @@ def _is_over(target: Target, jobs: dict[str, Job]) -> bool:
         study = Target("study", target.inventory.study_name, target.inventory)
         jobs = {id_: job for id_, job in study.jobs().items() if job.stage == "tune"}
     local = jobs and all(id_.startswith(LOCAL) for id_ in jobs)
-    if target.inventory.unseen and not local:
+    if target.inventory.silence and not local:
         return False
     return all(job.over for job in jobs.values())
 
