@@ -6,16 +6,15 @@ import torch
 from tests.test_loop import data, make_config, paths  # noqa: F401 - fixtures
 from tests.worlds import clustered, near_and_far
 from tripletkit.config import Training, TrainingModel
+from tripletkit.device import make_deterministic, put
 from tripletkit.paths import run_paths
 from tripletkit.train import checkpoint as checkpoints
 from tripletkit.train.bandit import Bandit
-from tripletkit.train.device import make_deterministic
 from tripletkit.train.head import Head
 from tripletkit.train.loop import train
 from tripletkit.train.retrieval import retrieve, summarize
 from tripletkit.train.sampler import TripletIndex
 from tripletkit.train.step import DeviceStep, Learner
-from tripletkit.train.table import load_table
 
 pytestmark = [
     pytest.mark.gpu,
@@ -33,7 +32,7 @@ def steps(device: str, count: int, *, graph: bool = True, dropout: float = 0.0) 
     torch.manual_seed(0)
     head = Head(TrainingModel(hidden_dim=32, output_dim=8, dropout=dropout), 16).to(home)
     learner = Learner(head, section, Bandit(section, index.bands, home), torch.float32)
-    step = DeviceStep(learner, index, load_table(store, home))
+    step = DeviceStep(learner, index, put(store.embeddings, home))
     step._graph_allowed = graph and home.type == "cuda"
     step.begin(0, 1, 0)
     for _ in range(count):

@@ -8,10 +8,10 @@ import torch
 
 from tests.worlds import clustered, make_bands, near_and_far
 from tripletkit import config as configuration
+from tripletkit.device import choose_device
 from tripletkit.errors import ConfigError, DataError, RunError
 from tripletkit.paths import RunPaths, run_paths
 from tripletkit.train import checkpoint as checkpoints
-from tripletkit.train.device import choose_device
 from tripletkit.train.evaluation import Evaluation
 from tripletkit.train.head import Head, load_weights
 from tripletkit.train.loop import Data, TrainResult, train

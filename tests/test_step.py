@@ -6,12 +6,12 @@ from torch import nn
 
 from tests.worlds import clustered, near_and_far
 from tripletkit.config import Training, TrainingModel
+from tripletkit.device import put
 from tripletkit.train import rng
 from tripletkit.train.bandit import Bandit
 from tripletkit.train.head import Head
 from tripletkit.train.sampler import TripletIndex
 from tripletkit.train.step import LOSS, PULLS, REWARD, DeviceStep, HostStep, Learner
-from tripletkit.train.table import load_table
 
 CPU = torch.device("cpu")
 SECTION = Training(batch_size=24, learning_rate=1e-2, ucb_warmup_samples=30, ucb_discount=0.9)
@@ -24,7 +24,7 @@ def parts():
     torch.manual_seed(0)
     head = Head(TrainingModel(hidden_dim=8, output_dim=4, dropout=0.2), 16)
     bandit = Bandit(SECTION, index.bands, CPU)
-    return Learner(head, SECTION, bandit, torch.float32), index, load_table(store, CPU)
+    return Learner(head, SECTION, bandit, torch.float32), index, put(store.embeddings, CPU)
 
 
 def weights(learner: Learner) -> bytes:

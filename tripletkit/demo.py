@@ -89,7 +89,7 @@ def _picture(config: Config, path: Path) -> None:
     import torch
 
     from tripletkit.demo_picture import draw_neighbors
-    from tripletkit.train.device import as_tensor
+    from tripletkit.device import as_tensor
     from tripletkit.train.evaluation import project
 
     store, head, _ = stages.open_head(config, "test", run_paths(config.checkpoint_dir).best)

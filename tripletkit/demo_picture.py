@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tripletkit.data.store import Store
+from tripletkit.device import as_tensor
 from tripletkit.fsio import atomic_write
-from tripletkit.train.device import as_tensor
 
 QUERIES, NEAREST = 10, 8
 RIGHT, WRONG = "#1a7f37", "#cf222e"

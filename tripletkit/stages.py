@@ -185,7 +185,7 @@ def _remembering(load: Callable[[Config], Data]) -> Callable[[Config], Data]:
 
 def evaluate(config: Config, *, split: str, checkpoint: Path | str | None, as_json: bool) -> int:
     """Print the retrieval metrics of one split, raw and through a checkpoint's head."""
-    from tripletkit.train.device import choose_device, choose_precision
+    from tripletkit.device import choose_device, choose_precision
     from tripletkit.train.evaluation import Evaluation
 
     checkpoint = Path(checkpoint) if checkpoint else _best_checkpoint(config)
@@ -283,7 +283,7 @@ def build_bands(config: Config, *, neighbors: int, k0: int, force: bool) -> int:
     """Write `difficulty_metadata_path` from the training embeddings."""
     from tripletkit.data import bands
     from tripletkit.data.store import open_store
-    from tripletkit.train.device import choose_device
+    from tripletkit.device import choose_device
 
     path = config.paths.difficulty_metadata_path
     if path is None:

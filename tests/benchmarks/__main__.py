@@ -29,13 +29,18 @@ from tests.benchmarks import naive_trainer, study_storage
 from tripletkit.config import Training, TrainingModel
 from tripletkit.data.bands import Bands
 from tripletkit.data.store import Store, open_store
+from tripletkit.device import (
+    autocast,
+    choose_device,
+    choose_precision,
+    make_deterministic,
+    put,
+)
 from tripletkit.train.bandit import Bandit
-from tripletkit.train.device import autocast, choose_device, choose_precision, make_deterministic
 from tripletkit.train.head import Head
 from tripletkit.train.loss import triplet_loss
 from tripletkit.train.sampler import TripletIndex
 from tripletkit.train.step import DeviceStep, HostStep, Learner
-from tripletkit.train.table import load_table
 
 IMAGES = 5  # per building
 BANDS = 7
@@ -121,7 +126,7 @@ class Job:
         home = self.device if resident else torch.device("cpu")
         index = TripletIndex(self.store, self.bands, home)
         kind = DeviceStep if resident else HostStep
-        step = kind(self.learner(index.bands, home), index, load_table(self.store, home))
+        step = kind(self.learner(index.bands, home), index, put(self.store.embeddings, home))
         epoch = 0
         step.begin(0, epoch, 0)
 

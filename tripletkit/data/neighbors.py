@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -11,13 +10,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tripletkit.data.store import Store
+from tripletkit.device import full_precision, put
 
 # Queries and gallery rows of one matrix product. Larger ones gain nothing, smaller ones lose rate.
 TILES = {"cpu": (4_096, 8_192), "cuda": (8_192, 32_768)}
 PADDING = 1.25  # a tile repeats images until all its buildings have as many, up to this factor
 ROUNDING = 1e-6  # squared distances that float32 products cannot tell from 0: doubles
 RESIDENT_SHARE = 0.6  # of free GPU memory that the table may take
-LOAD_ROWS = 65_536
 
 
 def nearest_buildings(
@@ -41,7 +40,7 @@ def nearest_buildings(
     for start in range(0, len(rows), queries):
         block = rows[start : start + queries]
         keys = _pack(torch.full((len(block), k), -2.0, device=device), 0)
-        with _full_precision():
+        with full_precision(device):
             Q = fetch(block)
             own = torch.from_numpy(place[store.building[block]]).to(device)[:, None]
             first = 0
@@ -58,17 +57,6 @@ def nearest_buildings(
         squares = 2 - 2 * similarity
         distances = squares.where(squares > ROUNDING, 0).sqrt()
         yield codes.int().cpu().numpy(), distances.cpu().numpy()
-
-
-@contextlib.contextmanager
-def _full_precision() -> Iterator[None]:
-    """No TF32 or bfloat16 inside float32 products, whatever the training asked for."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def _tiles(
@@ -136,13 +124,10 @@ def _unpack(keys: Tensor) -> tuple[Tensor, Tensor]:
 def _fetcher(store: Store, device: torch.device) -> Callable[[NDArray[np.int64]], Tensor]:
     """A function from row numbers to unit vectors in float32 on `device`."""
     table = store.embeddings
-    resident = None
-    if device.type == "cuda" and table.nbytes < RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]:
-        dtype = torch.from_numpy(table[:0].copy()).dtype
-        resident = torch.empty(table.shape, dtype=dtype, device=device)
-        for start in range(0, len(table), LOAD_ROWS):
-            chunk = torch.from_numpy(table[start : start + LOAD_ROWS].copy())
-            resident[start : start + LOAD_ROWS] = chunk
+    fits = (
+        device.type == "cuda" and table.nbytes < RESIDENT_SHARE * torch.cuda.mem_get_info(device)[0]
+    )
+    resident = put(table, device) if fits else None
 
     def fetch(rows: NDArray[np.int64]) -> Tensor:
         if resident is None:

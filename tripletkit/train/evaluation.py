@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 import torch
@@ -11,14 +11,15 @@ from torch import Tensor
 from tripletkit.config import Training
 from tripletkit.data.bands import Bands
 from tripletkit.data.store import Store
+from tripletkit.device import as_tensor, autocast
 from tripletkit.train import rng
 from tripletkit.train.bandit import Bandit
-from tripletkit.train.device import as_tensor, autocast
 from tripletkit.train.head import Head
 from tripletkit.train.loss import triplet_loss
 from tripletkit.train.retrieval import retrieve, summarize
 from tripletkit.train.sampler import TripletIndex
-from tripletkit.train.table import row_batches
+
+BATCH_BYTES = 16 * 2**20  # of gathered rows, in float32
 
 
 @torch.no_grad()
@@ -29,13 +30,18 @@ def project(head: Head, table: Tensor, rows: Tensor, precision: torch.dtype) -> 
     head.eval()
     projected = torch.empty(len(rows), head.output_layer.out_features, device=device)
     done = 0
-    for part in row_batches(rows, table.shape[1]):
+    for part in _row_batches(rows, table.shape[1]):
         x = torch.index_select(table, 0, part.to(table.device)).to(device)
         with autocast(device, precision):
             projected[done : done + len(part)] = head(x.to(precision))
         done += len(part)
     head.train(trained)
     return projected
+
+
+def _row_batches(rows: Tensor, width: int) -> Iterator[Tensor]:
+    """Split row numbers so that one gathered batch stays near 16 MB in float32."""
+    yield from rows.split(max(1, BATCH_BYTES // (4 * width)))
 
 
 class Evaluation:

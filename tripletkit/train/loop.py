@@ -15,19 +15,19 @@ from tripletkit import fsio, log
 from tripletkit.config import Config
 from tripletkit.data.bands import Bands
 from tripletkit.data.store import Store
+from tripletkit.device import choose_device, choose_precision, make_deterministic, put
 from tripletkit.errors import ConfigError, DivergedError, RunError
 from tripletkit.log import logger
 from tripletkit.paths import RunPaths
 from tripletkit.train import rng, state
 from tripletkit.train.bandit import Bandit
-from tripletkit.train.device import choose_device, choose_precision, make_deterministic
 from tripletkit.train.evaluation import Evaluation, better, metric_names
 from tripletkit.train.head import Head
 from tripletkit.train.init import linear_start
+from tripletkit.train.placement import choose_placement
 from tripletkit.train.sampler import TripletIndex
 from tripletkit.train.state import Pieces, Progress
 from tripletkit.train.step import LOSS, PULLS, REWARD, VIOLATIONS, DeviceStep, HostStep, Learner
-from tripletkit.train.table import choose_placement, load_table
 from tripletkit.train.trackers import MetricsFile, Tracker, open_trackers
 
 LOSSES = ("train_loss", "val_loss")
@@ -127,7 +127,7 @@ def assemble(config: Config, data: Data, *, fresh: bool) -> Pieces:
     index = TripletIndex(data.train, data.bands, home)
     bandit = Bandit(section, index.bands, home)
     learner = Learner(head, section, bandit, precision)
-    step = (DeviceStep if resident else HostStep)(learner, index, load_table(data.train, home))
+    step = (DeviceStep if resident else HostStep)(learner, index, put(data.train.embeddings, home))
     evaluation = None
     if data.val is not None:
         evaluation = Evaluation(

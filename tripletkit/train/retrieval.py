@@ -6,7 +6,6 @@ are at least as similar, so no list of neighbours is kept and every k is as chea
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tripletkit.device import full_precision
 from tripletkit.errors import DataError, RunError
 
 # A negative this close below a positive counts as tied with it, and a tie goes to the negative.
@@ -81,7 +81,7 @@ def retrieve(
     bounds = gallery.building_bounds(places)
     starts, ends = (bound.cpu() for bound in bounds)
     parts = []
-    with _full_precision(embeddings.device):
+    with full_precision(embeddings.device):
         for lo, hi in _query_tiles(ends - starts, side):
             positives = _positives(gallery, places[lo:hi], bounds[:, lo:hi], side * side)
             counts = _Counts(positives, bounds[1, lo:hi] - bounds[0, lo:hi] - 1)
@@ -303,15 +303,3 @@ def _gallery_edges(rows: int, side: int) -> list[int]:
         edges.append(min(edges[-1] + width, rows))
         width = min(edges[-1], side)
     return edges
-
-
-@contextlib.contextmanager
-def _full_precision(device: torch.device) -> Iterator[None]:
-    """Products in real float32, whatever the trainer or the environment chose for its own."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with torch.autocast(device.type, enabled=False):
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from tripletkit.data.bands import Bands
 from tripletkit.data.store import Store
+from tripletkit.device import as_tensor
 from tripletkit.errors import DataError
 from tripletkit.train import rng
 from tripletkit.train.bandit import Bandit
-from tripletkit.train.device import as_tensor
 
 # One stream of random bits for each decision.
 POSITIVE, COIN, ARM, NEIGHBOR, IMAGE = range(5)

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from tripletkit.config import Training
+from tripletkit.device import autocast, seed_dropout
 from tripletkit.log import logger
 from tripletkit.train import rng
 from tripletkit.train.bandit import Bandit, sum_per_arm
-from tripletkit.train.device import autocast, seed_dropout
 from tripletkit.train.head import Head
 from tripletkit.train.loss import rewards, triplet_loss
 from tripletkit.train.sampler import TripletIndex, Triplets

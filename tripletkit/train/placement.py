@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from tripletkit.data.store import Store
 from tripletkit.log import logger
-from tripletkit.train.device import as_tensor
 
 # Share of free memory that a resident table may take; the rest is for the step and evaluation.
 SHARE = 0.7
-CHUNK_BYTES = 64 * 2**20
 
 
 def choose_placement(wanted: str, store: Store, device: torch.device) -> str:
@@ -29,23 +25,6 @@ def choose_placement(wanted: str, store: Store, device: torch.device) -> str:
         "placement: %s (embeddings %.2f GB, free memory %.2f GB)", placement, size / 1e9, free / 1e9
     )
     return placement
-
-
-def load_table(store: Store, device: torch.device) -> Tensor:
-    """The embeddings [N, D] as a tensor on `device`; on a CPU it is the map, not a copy."""
-    mapped = as_tensor(store.embeddings)
-    if device.type == "cpu":
-        return mapped
-    table = torch.empty(mapped.shape, dtype=mapped.dtype, device=device)
-    rows = max(1, CHUNK_BYTES // (mapped.shape[1] * mapped.element_size()))
-    for into, chunk in zip(table.split(rows), mapped.split(rows), strict=True):
-        into.copy_(chunk)
-    return table
-
-
-def row_batches(rows: Tensor, width: int) -> Iterator[Tensor]:
-    """Split row numbers so that one gathered batch stays near 16 MB in float32."""
-    yield from rows.split(max(1, CHUNK_BYTES // (16 * width)))
 
 
 def _available_memory() -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tripletkit.errors import RunError
+
+CHUNK_BYTES = 64 * 2**20  # of a table on its way to a device
 
 
 def choose_device(wanted: str) -> torch.device:
@@ -53,6 +56,18 @@ def autocast(
     return torch.autocast(device.type, dtype=precision)
 
 
+@contextlib.contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Products in real float32, whatever the trainer or the environment chose for its own."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def make_deterministic(device: torch.device) -> None:
     """The same inputs give the same bits: needed for exact resume, free in our step."""
     if device.type == "cuda":
@@ -75,3 +90,15 @@ def as_tensor(array: NDArray[Any]) -> Tensor:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "The given NumPy array is not writ", UserWarning)
         return torch.from_numpy(np.asarray(array))
+
+
+def put(table: NDArray[Any], device: torch.device) -> Tensor:
+    """A table [N, D] on `device`, in its own type; on a CPU the memory itself, not a copy."""
+    source = as_tensor(table)
+    if device.type == "cpu":
+        return source
+    there = torch.empty(source.shape, dtype=source.dtype, device=device)
+    rows = max(1, CHUNK_BYTES // (source.shape[1] * source.element_size()))
+    for into, chunk in zip(there.split(rows), source.split(rows), strict=True):
+        into.copy_(chunk)
+    return there
