@@ -14,7 +14,7 @@ import torch
 from tests import fleet
 from tests.cluster import ACCOUNT
 from tripletkit import config as configuration
-from tripletkit import stages
+from tripletkit import inputs
 from tripletkit.paths import RunPaths, run_paths
 from tripletkit.train import loop
 from tripletkit.tune import claims, storage
@@ -165,7 +165,7 @@ def in_one_go(config: Path, folder: Path) -> RunPaths:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        loop.train(loaded, stages.training_data(loaded), paths)
+        loop.train(loaded, inputs.training_data(loaded), paths)
     finally:
         torch.set_num_threads(threads)
     return paths

@@ -335,17 +335,22 @@ def test_batch_larger_than_the_data_is_one_batch(paths, data):
     assert [r["step"] for r in records(paths)] == [0, 1, 2]
 
 
-@pytest.mark.parametrize("switch", [("host", "device"), ("device", "host")])
-def test_a_run_may_move_between_placements_without_losing_rewards(paths, data, switch):
-    asked = iter([False] * 3)
-    train(
-        make_config(paths, placement=switch[0], ucb_discount=1.0), data, paths,
-        should_stop=lambda: next(asked, True),
-    )  # fmt: skip
-    run(paths, data, placement=switch[1], ucb_discount=1.0)
-    bandit = checkpoints.load(paths.final)["bandit"]
-    assert int(bandit["seen"]) == 3 * 160
-    assert float(bandit["pulls"].sum()) == 3 * 160
+def test_the_placement_does_not_change_the_result_nor_does_moving(tmp_path, data):
+    runs = {name: run_paths(tmp_path / name) for name in ("device", "host", "moved")}
+    for name in ("device", "host"):
+        run(runs[name], data, placement=name)
+    for placement in ("host", "device", "host"):
+        asked = iter([False] * 4)
+        train(
+            make_config(runs["moved"], placement=placement), data, runs["moved"],
+            should_stop=lambda asked=asked: next(asked, True),
+        )  # fmt: skip
+    run(runs["moved"], data, placement="device")
+    ends = [checkpoints.load(paths.final) for paths in runs.values()]
+    for end, paths in zip(ends, runs.values(), strict=True):
+        assert paths.metrics.read_bytes() == runs["device"].metrics.read_bytes()
+        for part in ("model_state_dict", "bandit", "step"):
+            torch.testing.assert_close(end[part], ends[0][part], rtol=0, atol=0)
     assert float(bandit["in_flight"].sum()) == 0
 
 

@@ -14,7 +14,7 @@ import torch
 
 from tests import toy
 from tripletkit import config as configuration
-from tripletkit import stages
+from tripletkit import inputs, stages
 from tripletkit.config import Config
 from tripletkit.errors import ConfigError, DataError, RunError
 from tripletkit.paths import run_paths
@@ -78,7 +78,7 @@ def make_config(files: Path, folder: Path) -> Config:
 
 def surroundings(**given) -> Surroundings:
     return Surroundings(
-        load_data=given.get("load_data", stages.training_data),
+        load_data=given.get("load_data", inputs.training_data),
         job_states=given.get("job_states", lambda jobs: dict.fromkeys(jobs, "gone")),
         should_stop=given.get("should_stop", lambda: False),
         seconds_left=given.get("seconds_left", lambda: math.inf),
@@ -118,7 +118,7 @@ def uninterrupted(config: Config, number: int, params: dict, folder: Path) -> by
     paths = run_paths(folder)
     values = {"training": {**params, "num_epochs": 4, "monitor": "map@r", "save_every_n_epochs": 4}}
     whole = configuration.with_values(config, **values)
-    loop.train(whole, stages.training_data(whole), paths)
+    loop.train(whole, inputs.training_data(whole), paths)
     return paths.metrics.read_bytes()
 
 
@@ -266,7 +266,7 @@ def test_a_trial_that_another_worker_took_is_left_to_it(config):
     def load(config: Config):
         if not taken:
             taken.append(claims.claim(shared, me("2"), 2, lambda jobs: dict.fromkeys(jobs, "gone")))
-        return stages.training_data(config)
+        return inputs.training_data(config)
 
     summary = work(
         config, me("1"), load_data=load, job_states=lambda j: dict.fromkeys(j, "running")
@@ -425,7 +425,7 @@ def test_frozen_while_another_finished_its_trial_a_worker_goes_on_with_the_next(
         if not finished:
             finished.append(1)
             work(config_of_study, me("2"), job_states=lambda jobs: dict.fromkeys(jobs, "gone"))
-        return stages.training_data(config)
+        return inputs.training_data(config)
 
     config_of_study = configuration.with_values(config, tuning={"n_trials": 1})
     summary = work(

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from tripletkit import config as configuration
-from tripletkit import demo_data, fsio, log, stages, submission
+from tripletkit import demo_data, fsio, inputs, log, stages, submission
 from tripletkit.cluster import preempt
 from tripletkit.config import Config
 from tripletkit.errors import DONE
@@ -92,7 +92,7 @@ def _picture(config: Config, path: Path) -> None:
     from tripletkit.device import as_tensor
     from tripletkit.train.evaluation import project
 
-    store, head, _ = stages.open_head(config, "test", run_paths(config.checkpoint_dir).best)
+    store, head, _ = inputs.open_head(config, "test", run_paths(config.checkpoint_dir).best)
     table = as_tensor(store.embeddings)
     projected = project(head, table, torch.arange(len(table)), torch.float32)
     draw_neighbors(path, store, projected, seed=SEED)

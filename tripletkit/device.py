@@ -35,6 +35,8 @@ def choose_device(wanted: str) -> torch.device:
     if device.type == "cuda":
         if (device.index or 0) >= torch.cuda.device_count():
             raise RunError(f"device is {wanted!r} but there are {torch.cuda.device_count()} GPUs")
+        if wanted == "cuda":  # that of our rank, if there are several
+            return torch.device("cuda", torch.cuda.current_device())
         torch.cuda.set_device(device)  # graphs and streams go to the current one
     return device
 
@@ -80,7 +82,7 @@ def make_deterministic(device: torch.device) -> None:
 def seed_dropout(device: torch.device, key: int) -> None:
     """Seed torch's own generator, which only dropout uses, for the coming step."""
     if device.type == "cuda":
-        torch.cuda.default_generators[device.index or 0].manual_seed(key)
+        torch.cuda.default_generators[device.index].manual_seed(key)
     else:
         torch.default_generator.manual_seed(key)
 

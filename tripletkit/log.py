@@ -46,6 +46,12 @@ def setup(*, verbose: bool = False, plain: bool = False) -> None:
     logger.propagate = False
 
 
+def only_errors() -> None:
+    """Of several processes that do the same, one talks; the others only say what went wrong."""
+    setup(plain=True)
+    logger.setLevel(logging.ERROR)
+
+
 @contextlib.contextmanager
 def also_to(*files: Path | None) -> Iterator[None]:
     """Append log records to these files too, for the length of the block."""

@@ -2,26 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import socket
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tripletkit import fsio, log
+from tripletkit import fsio, inputs, log, processes
+from tripletkit.cluster import resources
 from tripletkit.config import Config
 from tripletkit.errors import DONE, ConfigError, DataError, Interrupted, StorageAway
 from tripletkit.log import logger
 from tripletkit.paths import LogPaths, StudyPaths, run_paths
 
 if TYPE_CHECKING:
-    from tripletkit.data.store import Store
-    from tripletkit.train.head import Head
-    from tripletkit.train.loop import Data, TrainResult
+    from tripletkit.train.loop import TrainResult
     from tripletkit.tune.storage import SharedStudy
 
 SPLITS = ("train", "val", "test")
@@ -38,23 +40,29 @@ def best(config: Config, should_stop: Callable[[], bool]) -> int:
     from tripletkit.tune.best import Best, comparison
 
     result = _train(config, should_stop)
+    if processes.follows():
+        return DONE
     chosen = Best(**json.loads(run_paths(config.checkpoint_dir).origin.read_text()))
     log.out.print(comparison(chosen, result.best_metrics, result.best_epoch), soft_wrap=True)
     return DONE
 
 
 def _train(config: Config, should_stop: Callable[[], bool]) -> TrainResult:
-    from tripletkit.train import loop
-
+    """Train with every GPU of the job, one process each; a launcher may have started us as one."""
+    gpus = resources.gpus(config.slurm)
+    if gpus > 1 and not processes.launched():
+        result = _train_on(gpus, config, should_stop)
+    else:
+        result = train_in_group("env://", config, should_stop)
     paths = run_paths(config.checkpoint_dir)
-    with log.also_to(paths.log, config.logging.log_file):
-        result = loop.train(config, training_data(config), paths, should_stop=should_stop)
     if result.status == "stopped":
         raise Interrupted(
             f"stopped in epoch {result.epochs + 1}; the state is in {paths.last}",
             hint="the same command goes on from there",
             progress=result.steps > 0,
         )
+    if processes.follows():
+        return result
     if result.best_epoch is not None:
         _print_metrics(
             f"validation, {config.checkpoint_dir}",
@@ -62,6 +70,41 @@ def _train(config: Config, should_stop: Callable[[], bool]) -> TrainResult:
         )
     log.out.print(f"checkpoints, metrics and log: {paths.root}", soft_wrap=True)
     return result
+
+
+def _train_on(gpus: int, config: Config, should_stop: Callable[[], bool]) -> TrainResult:
+    with tempfile.TemporaryDirectory() as folder:
+        work = partial(train_in_group, f"file://{folder}/rendezvous", config)
+        environments = [
+            {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(gpus),
+                "LOCAL_WORLD_SIZE": str(gpus),
+                "GLOO_SOCKET_IFNAME": "lo",  # they are all on this machine
+            }
+            for rank in range(gpus)
+        ]
+        results = processes.run([work] * gpus, environments, should_stop=should_stop, together=True)
+    first: TrainResult = results[0]
+    return first
+
+
+def train_in_group(rendezvous: str, config: Config, should_stop: Callable[[], bool]) -> TrainResult:
+    """Train as one process of a group, or alone; rank 0 keeps the log."""
+    from tripletkit.train import group, loop
+
+    with group.member(rendezvous=rendezvous) as us, contextlib.ExitStack() as stack:
+        if us.leads:
+            log_file = run_paths(config.checkpoint_dir).log
+            stack.enter_context(log.also_to(log_file, config.logging.log_file))
+        return loop.train(
+            config,
+            inputs.training_data(config),
+            run_paths(config.checkpoint_dir),
+            should_stop=should_stop,
+            group=us,
+        )
 
 
 def tune(config: Config, should_stop: Callable[[], bool]) -> int:
@@ -82,7 +125,7 @@ def tune(config: Config, should_stop: Callable[[], bool]) -> int:
     begun = len(shared.study.get_trials(deepcopy=False))
     storage.reseed(shared, config.tuning, _worker_seed(config, job, begun))
     surroundings = worker.Surroundings(
-        load_data=_remembering(training_data),
+        load_data=inputs.remembering(inputs.training_data),
         job_states=lambda ids: jobs.states(logs, ids),
         should_stop=should_stop,
         seconds_left=lambda: math.inf if deadline is None else deadline - time.time(),
@@ -144,18 +187,6 @@ def serve_database(
     return DONE
 
 
-def check_files(config: Config) -> None:
-    """That the files a training reads are there, before jobs wait in a queue for them."""
-    from tripletkit.data.parquet import find_files, open_table
-
-    for split in ("train", "val"):
-        if getattr(config.paths, f"{split}_parquet_path") is not None or split == "train":
-            open_table(find_files(_parquet(config, split)), ["building_id", "embedding"])
-    metadata = config.paths.difficulty_metadata_path
-    if metadata is not None and not metadata.exists():
-        raise _no_metadata(metadata)
-
-
 def _worker_seed(config: Config, job: str, begun: int) -> int:
     """Different for every worker and start, else they would all propose the same parameters.
 
@@ -168,28 +199,13 @@ def _worker_seed(config: Config, job: str, begun: int) -> int:
     return int(fsio.digest([str(config.global_.seed), job, restart, str(begun)]), 16) % 2**31
 
 
-def _remembering(load: Callable[[Config], Data]) -> Callable[[Config], Data]:
-    """`load`, but trials that use the same data share one copy."""
-    last: list[tuple[str, Data]] = []
-
-    def remembered(config: Config) -> Data:
-        samples = {k: v for k, v in config.training.model_dump().items() if "sample_" in k}
-        key = repr((config.global_.seed, config.paths.model_dump(exclude={"checkpoint_dir"})))
-        key += repr((samples, config.training_model.input_dim))
-        if not last or last[0][0] != key:
-            last[:] = [(key, load(config))]
-        return last[0][1]
-
-    return remembered
-
-
 def evaluate(config: Config, *, split: str, checkpoint: Path | str | None, as_json: bool) -> int:
     """Print the retrieval metrics of one split, raw and through a checkpoint's head."""
     from tripletkit.device import choose_device, choose_precision
     from tripletkit.train.evaluation import Evaluation
 
-    checkpoint = Path(checkpoint) if checkpoint else _best_checkpoint(config)
-    store, head, epoch = open_head(config, split, checkpoint)
+    checkpoint = Path(checkpoint) if checkpoint else inputs.best_checkpoint(config)
+    store, head, epoch = inputs.open_head(config, split, checkpoint)
     device = choose_device(config.training.device)
     evaluation = Evaluation(
         store,
@@ -208,34 +224,6 @@ def evaluate(config: Config, *, split: str, checkpoint: Path | str | None, as_js
     return DONE
 
 
-def open_head(config: Config, split: str, checkpoint: Path) -> tuple[Store, Head, int | None]:
-    """The embeddings of a split, the head of a checkpoint to go with them, and its epoch."""
-    from tripletkit.config import TrainingModel
-    from tripletkit.data.store import open_store
-    from tripletkit.train import checkpoint as checkpoints
-    from tripletkit.train.head import Head, load_weights
-
-    state = checkpoints.load(checkpoint)
-    section = config.training_model
-    if "progress" in state:  # ours: what it was trained as counts, not what the file says today
-        section = TrainingModel(**state["config"]["training_model"])
-    store = open_store(_parquet(config, split), config.cache_dir, dim=section.input_dim)
-    head = Head(section, store.embeddings.shape[1])
-    load_weights(head, state["model_state_dict"], checkpoint)
-    return store, head, state.get("epoch")
-
-
-def _best_checkpoint(config: Config) -> Path:
-    paths = run_paths(config.checkpoint_dir)
-    for path in (paths.best, paths.final):
-        if path.exists():
-            return path
-    raise DataError(
-        f"{paths.checkpoints} holds neither {paths.best.name} nor {paths.final.name}",
-        hint="train first, or name one with --checkpoint",
-    )
-
-
 def check_data(config: Config) -> int:
     """Validate every configured file and print what is in it."""
     from rich.table import Table
@@ -245,10 +233,12 @@ def check_data(config: Config) -> int:
 
     configured = [s for s in SPLITS if getattr(config.paths, f"{s}_parquet_path")]
     if not configured:
-        raise _missing("train")
+        raise inputs.missing("train")
     stores = {
         split: open_store(
-            _parquet(config, split), config.cache_dir, dim=config.training_model.input_dim
+            inputs.parquet_path(config, split),
+            config.cache_dir,
+            dim=config.training_model.input_dim,
         )
         for split in configured
     }
@@ -294,7 +284,7 @@ def build_bands(config: Config, *, neighbors: int, k0: int, force: bool) -> int:
         raise DataError(f"{path} exists", hint="--force replaces it")
     device = choose_device(config.training.device)
     store = open_store(
-        _parquet(config, "train"), config.cache_dir, dim=config.training_model.input_dim
+        inputs.parquet_path(config, "train"), config.cache_dir, dim=config.training_model.input_dim
     )
     bands.build_bands(store, path, neighbors=neighbors, k0=k0, device=device)
     log.out.print(f"wrote {path}", soft_wrap=True)
@@ -309,69 +299,6 @@ def split_data(source: Path, out: Path, *, fractions: Mapping[str, float], seed:
     for name, count in rows.items():
         log.out.print(f"{out / name}.parquet: {count:,} rows", soft_wrap=True)
     return DONE
-
-
-def training_data(config: Config) -> Data:
-    """Open, check and subsample what `train` needs."""
-    from tripletkit.data.bands import open_bands
-    from tripletkit.data.store import check_leakage, open_store, subsample
-    from tripletkit.train.loop import Data
-
-    section, seed = config.training, config.global_.seed
-    full = open_store(
-        _parquet(config, "train"), config.cache_dir, dim=config.training_model.input_dim
-    )
-    train = subsample(
-        full, fraction=section.sample_fraction, buildings=section.sample_buildings, seed=seed
-    )
-    val = None
-    if config.paths.val_parquet_path is not None:
-        full_val = open_store(
-            config.paths.val_parquet_path, config.cache_dir, dim=full.embeddings.shape[1]
-        )
-        check_leakage({"train": full, "val": full_val})
-        val = subsample(
-            full_val,
-            fraction=section.val_sample_fraction,
-            buildings=section.val_sample_buildings,
-            seed=seed,
-        )
-    metadata = config.paths.difficulty_metadata_path
-    if metadata is None:
-        return Data(train, val=val)
-    if not metadata.exists():
-        raise _no_metadata(metadata)
-    bands = open_bands(metadata, train, config.cache_dir)
-    val_bands = None
-    if val is not None:
-        try:
-            val_bands = open_bands(metadata, val, config.cache_dir)
-        except DataError:
-            logger.info(
-                "%s does not cover the validation images: their negatives are random", metadata
-            )
-    return Data(train, bands, val, val_bands)
-
-
-def _parquet(config: Config, split: str) -> Path:
-    path: Path | None = getattr(config.paths, f"{split}_parquet_path")
-    if path is None:
-        raise _missing(split)
-    return path
-
-
-def _no_metadata(path: Path) -> DataError:
-    return DataError(
-        f"{path}: no such file", hint="`tripletkit data bands` builds the difficulty bands"
-    )
-
-
-def _missing(split: str) -> ConfigError:
-    return ConfigError(
-        f"paths.{split}_parquet_path is not set",
-        hint=f"set it in config.toml, as TRIPLET_TRAINING_{split.upper()}_PARQUET_PATH or with "
-        f"--set paths.{split}_parquet_path=FILE",
-    )
 
 
 def _print_metrics(title: str, results: Mapping[str, Mapping[str, float]]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tripletkit import config as configuration
-from tripletkit import fsio, log, stages, worker
+from tripletkit import fsio, inputs, log, stages, worker
 from tripletkit.cluster import launch, preempt, preflight, queue, resources
 from tripletkit.cluster.launch import Job, Submission
 from tripletkit.config import Config, Slurm
@@ -40,7 +40,7 @@ def start(
     if cluster == "here":
         return _here(stage, config, options)
     if stage == "train":
-        stages.check_files(config)
+        inputs.check_files(config)
     job = _job(stage, config, options)
     if cluster == "slurm":
         preflight.check(job)
@@ -59,7 +59,7 @@ def tune(config: Config, cluster: Cluster | None, *, prepare: bool, dry_run: boo
     _check_dry_run(cluster, dry_run)
     paths, tuning = stages.study_paths(config), config.tuning
     job = _job("tune", config, count=tuning.workers)
-    stages.check_files(config)
+    inputs.check_files(config)
     if cluster == "slurm":
         study.check_reach(tuning, queue.node_hosts())
         place = tuning.storage_path
@@ -106,7 +106,7 @@ def submit_best(
     cluster = cluster or _default_cluster()
     _check_dry_run(cluster, dry_run)
     final = final_config(config, best)
-    stages.check_files(final)
+    inputs.check_files(final)
     logger.info("%s: %s %.4f with %s", best.source, best.metric, best.value, dict(best.params))
     job = _job("best", final)
     if cluster == "slurm":

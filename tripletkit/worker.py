@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tripletkit import boundary, config, stages
+from tripletkit import boundary, config, processes, stages
 from tripletkit.cluster import jobs, preempt, queue
 from tripletkit.cluster.preempt import Stop
 from tripletkit.config import Config
@@ -68,6 +68,8 @@ def attend(
     stage: str, loaded: Config, options: Mapping[str, Any], stop: Stop, config_file: str = ""
 ) -> int:
     """Run a stage and keep its record; without a file it is no job, and does not run again."""
+    if processes.follows():  # the one that leads keeps the record
+        return boundary.run(lambda: stages.JOBS[stage](loaded, stop, **options)).exit_code
     logs, job = LogPaths(loaded.global_.log_dir), jobs.current_job()
     name = stages.job_name(stage, loaded, options)
     record = jobs.new_record(job, stage, name, config_file, before=jobs.read(logs.record(job)))

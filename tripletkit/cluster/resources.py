@@ -54,6 +54,14 @@ def signal_delay(limit: int) -> int:
     return min(120, max(20, limit // 5))
 
 
+def gpus(slurm: Slurm) -> int:
+    """GPUs of a job. A gres string may name a type and a count: `gpu`, `gpu:2`, `gpu:a100:4`."""
+    if slurm.gres is None:
+        return slurm.gpus
+    found = re.match(r"gpu(?::[^:,()]*[^:,()\d][^:,()]*)?(?::(\d+))?(?=$|[,(])", slurm.gres)
+    return int(found[1] or 1) if found else 0
+
+
 def parameters(slurm: Slurm) -> dict[str, Any]:
     """Parameters for `submitit.SlurmExecutor.update_parameters`.
 

@@ -14,9 +14,10 @@ from tripletkit.data.store import Store
 from tripletkit.device import as_tensor, autocast
 from tripletkit.train import rng
 from tripletkit.train.bandit import Bandit
+from tripletkit.train.group import ALONE, Group
 from tripletkit.train.head import Head
 from tripletkit.train.loss import triplet_loss
-from tripletkit.train.retrieval import retrieve, summarize
+from tripletkit.train.retrieval import merge, retrieve, summarize
 from tripletkit.train.sampler import TripletIndex
 
 BATCH_BYTES = 16 * 2**20  # of gathered rows, in float32
@@ -45,7 +46,10 @@ def _row_batches(rows: Tensor, width: int) -> Iterator[Tensor]:
 
 
 class Evaluation:
-    """One split, ready to be asked again and again: its triplets and queries stay the same."""
+    """One split, ready to be asked again and again: its triplets and queries stay the same.
+
+    The processes of a `group` share the work, and all get the same result.
+    """
 
     def __init__(
         self,
@@ -56,8 +60,10 @@ class Evaluation:
         seed: int,
         device: torch.device,
         precision: torch.dtype,
+        group: Group = ALONE,
     ) -> None:
         self.section = section
+        self.group = group
         self.seed = seed
         self.device = device
         self.precision = precision
@@ -86,8 +92,10 @@ class Evaluation:
 
     def of(self, head: Head) -> dict[str, float]:
         """val_loss on the fixed triplets and the retrieval metrics of the head's output."""
-        projected = project(head, self.table, self.rows, self.precision)
-        return {"val_loss": self._loss(projected), **self._retrieval(projected)}
+        rows = self.rows[self.group.share(len(self.rows))]
+        part = project(head, self.table, rows, self.precision)
+        projected = self.group.whole(part, len(self.rows))
+        return self.group.first({"val_loss": self._loss(projected), **self._retrieval(projected)})
 
     def _loss(self, projected: Tensor) -> float:
         total = 0.0
@@ -109,8 +117,9 @@ class Evaluation:
             self.building.to(self.device),
             max_queries=self.section.retrieval_metric_max_queries,
             seed=self.seed,
+            share=(self.group.rank, self.group.size),
         )
-        return summarize(result, self.section.retrieval_metric_top_k)
+        return summarize(merge(self.group.all(result)), self.section.retrieval_metric_top_k)
 
 
 def better(metric: str, value: float, than: float | None) -> bool:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -22,6 +24,7 @@ from tripletkit.paths import RunPaths
 from tripletkit.train import rng, state
 from tripletkit.train.bandit import Bandit
 from tripletkit.train.evaluation import Evaluation, better, metric_names
+from tripletkit.train.group import ALONE, Group
 from tripletkit.train.head import Head
 from tripletkit.train.init import linear_start
 from tripletkit.train.placement import choose_placement
@@ -31,6 +34,7 @@ from tripletkit.train.step import LOSS, PULLS, REWARD, VIOLATIONS, DeviceStep, H
 from tripletkit.train.trackers import MetricsFile, Tracker, open_trackers
 
 LOSSES = ("train_loss", "val_loss")
+AGREE_EVERY = 16  # steps; so often several processes ask each other whether to stop
 
 Report = Callable[[int, Mapping[str, float]], None]
 
@@ -65,16 +69,38 @@ def train(
     *,
     report: Report | None = None,
     should_stop: Callable[[], bool] = lambda: False,
+    group: Group = ALONE,
 ) -> TrainResult:
     """Train a projection head, or go on where an earlier process stopped.
 
     `report(epoch, metrics)` is called after every validation, also of the untrained head (epoch
     0), and may raise to end the run. `should_stop()` is asked before every step; when it says yes
-    the state goes to checkpoint_last.pt and the result's status is "stopped".
+    the state goes to checkpoint_last.pt and the result's status is "stopped". Each process of a
+    `group` trains on its part of every batch; rank 0 alone writes, and calls `report`.
 
     The same configuration and data give the same bytes, however often the run is interrupted.
     Raises ConfigError, DataError or RunError.
     """
+    with contextlib.ExitStack() as stack:
+        if group.leads:
+            stack.enter_context(_sole_use(paths))
+        found = group.first(state.find(config, paths) if group.leads else None)
+        pieces = assemble(config, data, fresh=found is None, group=group)
+        progress = state.restore(pieces, *found) if found else Progress()
+        if found and found[0].parent.absolute() != paths.checkpoints.absolute():
+            state.move_in(progress)
+        if not group.leads:
+            return _Run(pieces, progress, paths).go(should_stop)
+        fsio.write_text(paths.config, configuration.dump(config))
+        file = stack.enter_context(MetricsFile(paths.metrics, progress.metrics_bytes))
+        settings = configuration.describe(config)
+        trackers = stack.enter_context(open_trackers(config.logging, paths, settings))
+        return _Run(pieces, progress, paths, file, trackers, report).go(should_stop)
+
+
+@contextlib.contextmanager
+def _sole_use(paths: RunPaths) -> Iterator[None]:
+    """Hold the run's folder, and clear away what a killed process left half-written."""
     with fsio.exclusive_lock(paths.lock, wait=False) as lock:
         if not lock.ours:
             raise RunError(
@@ -84,20 +110,10 @@ def train(
         if lock.sure:
             fsio.remove_leftovers(paths.checkpoints, ".checkpoint_*.pt.*.tmp")
             fsio.remove_leftovers(paths.root, f".{paths.config.name}.*.tmp")
-        found = state.find(config, paths)
-        pieces = assemble(config, data, fresh=found is None)
-        progress = state.restore(pieces, *found) if found else Progress()
-        if found and found[0].parent.absolute() != paths.checkpoints.absolute():
-            state.move_in(progress)
-        fsio.write_text(paths.config, configuration.dump(config))
-        file = MetricsFile(paths.metrics, progress.metrics_bytes)
-        settings = configuration.describe(config)
-        with file, open_trackers(config.logging, paths, settings) as trackers:
-            run = _Run(pieces, progress, paths, file, trackers, report)
-            return run.go(should_stop)
+        yield
 
 
-def assemble(config: Config, data: Data, *, fresh: bool) -> Pieces:
+def assemble(config: Config, data: Data, *, fresh: bool, group: Group = ALONE) -> Pieces:
     """Build the working parts; a `fresh` head starts from the data if so configured."""
     section, seed = config.training, config.global_.seed
     device = choose_device(section.device)
@@ -126,12 +142,18 @@ def assemble(config: Config, data: Data, *, fresh: bool) -> Pieces:
     home = device if resident else torch.device("cpu")
     index = TripletIndex(data.train, data.bands, home)
     bandit = Bandit(section, index.bands, home)
-    learner = Learner(head, section, bandit, precision)
+    learner = Learner(head, section, bandit, precision, group)
     step = (DeviceStep if resident else HostStep)(learner, index, put(data.train.embeddings, home))
     evaluation = None
     if data.val is not None:
         evaluation = Evaluation(
-            data.val, data.val_bands, section, seed=seed, device=device, precision=precision
+            data.val,
+            data.val_bands,
+            section,
+            seed=seed,
+            device=device,
+            precision=precision,
+            group=group,
         )
     else:
         logger.info("no validation data: no best epoch, no early stopping")
@@ -158,9 +180,9 @@ class _Run:
         pieces: Pieces,
         progress: Progress,
         paths: RunPaths,
-        file: MetricsFile,
-        trackers: list[Tracker],
-        report: Report | None,
+        file: MetricsFile | None = None,
+        trackers: Sequence[Tracker] = (),
+        report: Report | None = None,
     ) -> None:
         self.pieces = pieces
         self.section = pieces.config.training
@@ -170,6 +192,7 @@ class _Run:
         self.file = file
         self.trackers = trackers
         self.report = report
+        self.group = pieces.learner.group
         self.saved_at = time.monotonic()
         self.began_at = progress.global_step
 
@@ -185,7 +208,8 @@ class _Run:
         if not progress.finished:
             progress.finished = True
             self._save(self.paths.final)
-            self.paths.last.unlink(missing_ok=True)
+            if self.group.leads:
+                self.paths.last.unlink(missing_ok=True)
         self._conclude()
         return self._result("finished")
 
@@ -199,7 +223,7 @@ class _Run:
             record["raw"] = progress.raw
             logger.info("raw embeddings: %s", _shown(progress.raw))
             record |= self._validate()
-        progress.metrics_bytes = self.file.append(record)
+        self._write(record)
         if self.pieces.evaluation is not None:
             self._save(self.paths.best)
             raw = {f"raw/{name}": value for name, value in progress.raw.items()}
@@ -214,7 +238,7 @@ class _Run:
         clock, since = time.monotonic(), progress.place
         with log.progress(anchors, label) as update:
             while step.place < anchors:
-                if should_stop():
+                if self._agreed(should_stop):
                     self._save(self.paths.last)
                     logger.info("asked to stop: saved %s, anchor %d", label, step.place)
                     return False
@@ -230,8 +254,13 @@ class _Run:
                         logger.info("%s %d/%d, %.0f s left", text, step.place, anchors, left)
                 if time.monotonic() - self.saved_at > 60 * section.checkpoint_every_minutes:
                     self._save(self.paths.last)
-        step.finish()
         return True
+
+    def _agreed(self, should_stop: Callable[[], bool]) -> bool:
+        """Whether any process of the group was asked to stop; they all hear of it at once."""
+        if self.group.size == 1:
+            return should_stop()
+        return self.progress.global_step % AGREE_EVERY == 0 and self.group.any(should_stop())
 
     def _end_epoch(self) -> None:
         """Validate, decide what is best and whether to go on, and write it all down."""
@@ -252,7 +281,7 @@ class _Run:
             record |= self._validate()
         record["bands"] = bands = _band_statistics(tally.tolist())
         tally.zero_()
-        progress.metrics_bytes = self.file.append(record)
+        self._write(record)
 
         names = [self.paths.best] if progress.best_epoch == progress.epoch else []
         if progress.epoch % section.save_every_n_epochs == 0:
@@ -306,10 +335,16 @@ class _Run:
             )
         return loss
 
-    def _save(self, *names: Any) -> None:
+    def _write(self, record: Mapping[str, Any]) -> None:
+        """Add a line to the metrics."""
+        if self.file is not None:
+            self.progress.metrics_bytes = self.file.append(record)
+
+    def _save(self, *names: Path) -> None:
         if self.progress.place:
             self._train_loss()  # never save a head that has gone wrong
-        state.save(self.pieces, self.progress, *names)
+        if self.group.leads:
+            state.save(self.pieces, self.progress, *names)
         self.saved_at = time.monotonic()
 
     def _conclude(self) -> None:

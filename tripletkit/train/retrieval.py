@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 
 import numpy as np
 import torch
@@ -23,7 +23,8 @@ from tripletkit.errors import DataError, RunError
 TIE = 1e-6
 NARROWEST = 128  # gallery columns of the first, cheap look at every query
 COPY_ROWS = 8192
-TILE = {"cpu": 1024, "cuda": 16384}  # a tile of similarities: the L2 cache of a core pair; 1 GB
+# Queries and gallery rows of a tile. On a CPU it stays in the last cache; on a GPU it is 1 GB.
+TILES = {"cpu": (1024, 1024), "cuda": (16384, 16384)}
 
 
 @dataclass(frozen=True)
@@ -61,6 +62,7 @@ def retrieve(
     max_queries: int = 0,
     seed: int = 0,
     tile: int | None = None,
+    share: tuple[int, int] = (0, 1),
 ) -> Retrieval:
     """Rank the whole gallery for every image that has another one of its building.
 
@@ -73,23 +75,38 @@ def retrieve(
     The result is exact for any `tile` (queries and gallery rows per product), save that a
     negative within rounding, about 1e-7, of the border of the tie band may fall on either side.
     Memory: one sorted copy of the embeddings, in their own type, and a few tiles.
+    Processes that share the work each ask for `share` (part, parts), get about a part's queries,
+    which may be none, and `merge` what they got.
     Raises RunError for embeddings that are not finite, DataError if no building has two images.
     """
-    side = tile or TILE.get(embeddings.device.type, TILE["cpu"])
+    queries, width = (tile, tile) if tile else TILES[embeddings.device.type]
+    part, parts = share
     gallery = _Gallery.build(embeddings, building)
     places = gallery.queries(max_queries, seed)
     bounds = gallery.building_bounds(places)
     starts, ends = (bound.cpu() for bound in bounds)
-    parts = []
+    none = places[:0]
+    found = [Retrieval(none, none, none.double(), none.double(), gallery.singletons)]
     with full_precision(embeddings.device):
-        for lo, hi in _query_tiles(ends - starts, side):
-            positives = _positives(gallery, places[lo:hi], bounds[:, lo:hi], side * side)
+        for lo, hi in islice(_query_tiles(ends - starts, queries), part, None, parts):
+            here = places[lo:hi]
+            positives = _positives(gallery, here, bounds[:, lo:hi], queries * width)
             counts = _Counts(positives, bounds[1, lo:hi] - bounds[0, lo:hi] - 1)
-            _scan(gallery, places[lo:hi], starts[lo:hi], ends[lo:hi], counts, side)
-            parts.append(counts.scores())
-    rows, by_row = gallery.order[places].sort()
-    first, precision, r_precision = (torch.cat(p)[by_row].cpu() for p in zip(*parts, strict=True))
-    return Retrieval(rows.cpu(), first, precision, r_precision, gallery.singletons)
+            _scan(gallery, here, starts[lo:hi], ends[lo:hi], counts, width)
+            found.append(Retrieval(gallery.order[here], *counts.scores(), gallery.singletons))
+    return merge(found)
+
+
+def merge(parts: Sequence[Retrieval]) -> Retrieval:
+    """All the shares of one retrieval as one: the bits that a single process would have found."""
+    rows, by_row = torch.cat([part.query_rows for part in parts]).sort()
+    return Retrieval(
+        rows.cpu(),
+        torch.cat([part.first_hit_rank for part in parts])[by_row].cpu(),
+        torch.cat([part.average_precision_at_r for part in parts])[by_row].cpu(),
+        torch.cat([part.r_precision for part in parts])[by_row].cpu(),
+        parts[0].singletons,
+    )
 
 
 @dataclass(frozen=True)
@@ -112,10 +129,10 @@ class _Gallery:
         order = torch.argsort(sizes[code] * len(sizes) + code, stable=True)
         x = torch.empty_like(embeddings)
         norms = torch.empty(len(x), 1, device=x.device)
-        for part in torch.arange(len(x), device=x.device).split(COPY_ROWS):
-            rows = embeddings.index_select(0, order[part])
-            x[part] = rows
-            norms[part] = torch.linalg.vector_norm(rows.float(), dim=1, keepdim=True)
+        for lo in range(0, len(x), COPY_ROWS):
+            part = slice(lo, lo + COPY_ROWS)
+            torch.index_select(embeddings, 0, order[part], out=x[part])
+            torch.linalg.vector_norm(x[part].float(), dim=1, keepdim=True, out=norms[part])
         if not torch.isfinite(norms).all():
             bad = order[~torch.isfinite(norms)[:, 0]].sort().values
             raise RunError(
@@ -132,9 +149,9 @@ class _Gallery:
             )
         return _Gallery(x, norms.clamp_min_(1e-12), order, sizes, singletons)
 
-    def units(self, places: Tensor | slice) -> Tensor:
+    def units(self, places: Tensor | slice, out: Tensor | None = None) -> Tensor:
         """Unit vectors in float32; widened as needed, so a float16 table is never held twice."""
-        return self.x[places].float() / self.norms[places]
+        return torch.div(self.x[places].float(), self.norms[places], out=out)
 
     def queries(self, limit: int, seed: int) -> Tensor:
         """Places of the queries, ascending. A larger limit keeps the queries of a smaller one."""
@@ -180,12 +197,12 @@ class _Counts:
     def add(self, similarity: Tensor, above: Tensor) -> None:
         """Count a tile of negatives [q, g]; `above` is room for its comparison."""
         torch.ge(similarity, self.lowest[:, None], out=above)
-        counted = above.sum(1).long()
+        counted = above.sum(1, dtype=torch.float32).long()  # exact: a tile has few rows
         several = self.matter > 1
         self.between[:, 0] += counted.masked_fill(several, 0)
         rows = (several & (counted > 0)).nonzero().squeeze(1)
         if len(rows):
-            line, column = above[rows].nonzero(as_tuple=True)
+            line, column = above.index_select(0, rows).nonzero(as_tuple=True)
             line = rows[line]
             self._sort_in(line, similarity[line, column])
 
@@ -266,7 +283,7 @@ def _positives(gallery: _Gallery, places: Tensor, bounds: Tensor, room: int) -> 
 
 
 def _scan(
-    gallery: _Gallery, places: Tensor, starts: Tensor, ends: Tensor, counts: _Counts, side: int
+    gallery: _Gallery, places: Tensor, starts: Tensor, ends: Tensor, counts: _Counts, width: int
 ) -> None:
     """Show all negatives of the queries at `places` to `counts`, one gallery tile at a time.
 
@@ -274,19 +291,21 @@ def _scan(
     """
     x = gallery.x
     queries = gallery.units(places)
-    edges = _gallery_edges(len(x), side)
+    edges = _gallery_edges(len(x), width)
     # The queries whose building reaches into a tile are a range, as bounds ascend.
     own_from = torch.searchsorted(ends, torch.tensor(edges[:-1]), right=True).tolist()
     own_to = torch.searchsorted(starts, torch.tensor(edges[1:])).tolist()
     own_start, own_end = (bound[:, None].to(x.device) for bound in (starts, ends))
     column = torch.arange(len(x), device=x.device)
-    room = queries.new_empty(len(queries) * min(side, len(x)))
-    # Summing floats is fastest on a CPU (exact: counts are small), bytes on a GPU.
-    marks = torch.empty_like(room, dtype=torch.float32 if x.device.type == "cpu" else torch.bool)
+    width = min(width, len(x))
+    units = queries.new_empty(width, x.shape[1])
+    room = queries.new_empty(len(queries) * width)
+    # Torch would copy bytes into int64 to sum them; on a GPU it sums float16 as it is.
+    marks = torch.empty_like(room, dtype=torch.float32 if x.device.type == "cpu" else torch.float16)
     for (lo, hi), top, bottom in zip(pairwise(edges), own_from, own_to, strict=True):
         shape = (len(queries), hi - lo)
         similarity = room[: shape[0] * shape[1]].view(shape)
-        torch.mm(queries, gallery.units(slice(lo, hi)).T, out=similarity)
+        torch.mm(queries, gallery.units(slice(lo, hi), units[: hi - lo]).T, out=similarity)
         if top < bottom:
             here, own = column[lo:hi], slice(top, bottom)
             similarity[own].masked_fill_(
@@ -295,11 +314,11 @@ def _scan(
         counts.add(similarity, marks[: similarity.numel()].view(shape))
 
 
-def _gallery_edges(rows: int, side: int) -> list[int]:
+def _gallery_edges(rows: int, widest: int) -> list[int]:
     """Borders of the gallery tiles: narrow at first, while few thresholds can be ruled out."""
     edges = [0]
-    width = min(NARROWEST, side)
+    width = min(NARROWEST, widest)
     while edges[-1] < rows:
         edges.append(min(edges[-1] + width, rows))
-        width = min(edges[-1], side)
+        width = min(edges[-1], widest)
     return edges

@@ -27,6 +27,7 @@ HARMLESS = {
     "checkpoint_every_minutes",
     "device",
     "num_epochs",
+    "placement",
     "resume_from_checkpoint",
     "save_every_n_epochs",
 }

@@ -1,13 +1,17 @@
 """One training step: draw, gather, forward, loss, backward, optimiser, bandit.
 
-`DeviceStep` keeps all of it on the device, on CUDA as one captured graph. `HostStep` draws and
-gathers on the host, one batch ahead, into two buffers. Neither waits for the device on its own
-account, except that `HostStep` needs the rewards of the step before the last.
+Batch t + 1 is drawn beside the learning of batch t, so knowing the rewards up to t - 1, with the
+pulls of t in flight. `DeviceStep` has the table on the device, on CUDA with the whole step as one
+captured graph; `HostStep` has it on the host, from where a thread draws and gathers. Both give the
+same result. Neither waits for the device on its own account, except that `HostStep` needs the
+rewards of the step before the last.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import itertools
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
@@ -18,6 +22,7 @@ from tripletkit.device import autocast, seed_dropout
 from tripletkit.log import logger
 from tripletkit.train import rng
 from tripletkit.train.bandit import Bandit, sum_per_arm
+from tripletkit.train.group import ALONE, Group
 from tripletkit.train.head import Head
 from tripletkit.train.loss import rewards, triplet_loss
 from tripletkit.train.sampler import TripletIndex, Triplets
@@ -25,36 +30,47 @@ from tripletkit.train.sampler import TripletIndex, Triplets
 # Columns of the tally.
 PULLS, REWARD, LOSS, VIOLATIONS = range(4)
 
-# PyTorch wants a few eager steps on a side stream before it captures a graph.
+# Before a graph is captured, PyTorch wants a few eager steps on a side stream.
 EAGER_STEPS = 3
+# Pieces of a gathered batch: while one travels to the GPU, the next is gathered.
+PIECES = 8
 
 
 class Learner:
-    """The head and its optimiser; learns from one gathered batch."""
+    """The head and its optimiser; learns from one gathered batch, of which each process has a part."""
 
     def __init__(
-        self, head: Head, section: Training, bandit: Bandit, precision: torch.dtype
+        self,
+        head: Head,
+        section: Training,
+        bandit: Bandit,
+        precision: torch.dtype,
+        group: Group = ALONE,
     ) -> None:
-        device = next(head.parameters()).device
+        self.device = next(head.parameters()).device
         self.head = head
         self.section = section
         self.bandit = bandit
         self.precision = precision
+        self.group = group
         self.optimizer = torch.optim.AdamW(
             head.parameters(),
             lr=section.learning_rate,
             weight_decay=section.weight_decay,
             fused=True,
-            capturable=device.type == "cuda",
+            capturable=self.device.type == "cuda",
         )
         # Per arm: pulls, summed reward, summed loss, losses above zero; of the epoch so far.
-        self.tally = torch.zeros(bandit.arms, 4, dtype=torch.float64, device=device)
+        self.tally = torch.zeros(bandit.arms, 4, dtype=torch.float64, device=self.device)
 
-    def learn(self, x: Tensor, arm: Tensor) -> Tensor:
-        """Take one optimiser step on x [3B, D], anchors first; returns the step's [arms, 4] tally."""
+    def learn(self, x: Tensor, arm: Tensor, batch: int) -> Tensor:
+        """Take one optimiser step on a batch of `batch` triplets; returns its [arms, 4] tally.
+
+        `x` [3b, D], anchors first, and `arm` [b] are the part of this process.
+        """
         with autocast(x.device, self.precision):
             y = self.head(x)
-        anchor, positive, negative = y.chunk(3)
+        anchor, positive, negative = y.view(3, len(arm), y.shape[1])
         loss = triplet_loss(
             anchor,
             positive,
@@ -63,209 +79,268 @@ class Learner:
             distance=self.section.loss_distance,
         )
         self.optimizer.zero_grad(set_to_none=True)
-        loss.mean().backward()
+        (loss.sum() / batch).backward()
+        self.group.add(*(p.grad for p in self.head.parameters() if p.grad is not None))
         self.optimizer.step()
         loss = loss.detach()
         reward = rewards(loss, margin=self.section.margin, kind=self.section.ucb_reward)
         columns = torch.stack([torch.ones_like(loss), reward, loss, (loss > 0).float()], 1)
         tally = sum_per_arm(arm, columns, self.bandit.arms)
+        self.group.add(tally)
         self.tally += tally
         return tally
 
 
-class DeviceStep:
-    """Steps through an epoch with the table and the triplet index on the device."""
+class _Step:
+    """What both kinds of step have in common: where in the epoch we are, and what is unsettled."""
 
     def __init__(self, learner: Learner, index: TripletIndex, table: Tensor) -> None:
         self.learner = learner
+        self.bandit = learner.bandit
+        self.group = learner.group
         self.index = index
         self.table = table
-        self.device = table.device
         self.batch = min(learner.section.batch_size, len(index.anchors))
-        # Static addresses for the graph; the epoch's values are copied into them.
+        self.place = 0  # anchors of the epoch that are done
+        # The tally of the last step, with which the bandit has not been credited yet.
+        self._unsettled: Tensor | None = None
         self._order = torch.empty_like(index.anchors)
-        self._place = torch.zeros((), dtype=torch.int64, device=self.device)
-        self._key = torch.zeros((), dtype=torch.int64, device=self.device)
-        self._lanes = torch.arange(self.batch, device=self.device)
+
+    def begin(self, seed: int, epoch: int, place: int) -> None:
+        """Go to anchor number `place` of `epoch`."""
+        self.place = place
+        self._order.copy_(self.index.order(rng.key(seed, rng.ORDER, epoch)))
+        self._draw_key = rng.key(seed, rng.DRAW, epoch)
+        self._dropout_key = rng.key(seed, rng.DROPOUT, epoch, self.group.rank)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What is unsettled."""
+        return {} if self._unsettled is None else {"unsettled": self._unsettled.cpu().clone()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Call it before `begin`, which draws ahead."""
+        home = self.bandit.pulls.device
+        self._unsettled = state["unsettled"].to(home) if "unsettled" in state else None
+
+    def _size(self, place: int) -> int:
+        """Triplets of the batch at `place`; the last one of an epoch may be smaller."""
+        return min(self.batch, len(self._order) - place)
+
+    def _seed_dropout(self) -> None:
+        seed_dropout(self.learner.device, (self._dropout_key + self.place) % 2**63)
+
+    def _settle(self, arm: Tensor) -> None:
+        """Credit the bandit with the step before; the pulls in `arm` are in flight from now on."""
+        if self._unsettled is not None:
+            self.bandit.update(self._unsettled[:, PULLS], self._unsettled[:, REWARD])
+        ones = torch.ones(len(arm), 1, device=arm.device)
+        self.bandit.in_flight.copy_(sum_per_arm(arm, ones, self.bandit.arms)[:, 0])
+
+
+class DeviceStep(_Step):
+    """Steps through an epoch with the table and the triplet index on the device."""
+
+    def __init__(self, learner: Learner, index: TripletIndex, table: Tensor) -> None:
+        super().__init__(learner, index, table)
+        device = table.device
+        # Static addresses for the graph: the batch to learn from, and where the next one begins.
+        self._rows = torch.zeros(3, self.batch, dtype=torch.int64, device=device)
+        self._arm = torch.zeros(self.batch, dtype=torch.int64, device=device)
+        self._next = torch.zeros((), dtype=torch.int64, device=device)
+        self._key = torch.zeros((), dtype=torch.int64, device=device)
+        self._lanes = torch.arange(self.batch, device=device)
+        self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._graph_allowed = self.device.type == "cuda"
+        self._graph_allowed = self._side is not None
         self._eager_steps = 0
 
     def begin(self, seed: int, epoch: int, place: int) -> None:
         """Go to anchor number `place` of `epoch`."""
-        self._order.copy_(self.index.order(rng.key(seed, rng.ORDER, epoch)))
-        self._place.fill_(place)
-        self._key.fill_(rng.key(seed, rng.DRAW, epoch))
-        self._dropout_key = rng.key(seed, rng.DROPOUT, epoch)
-        self.place = place
+        super().begin(seed, epoch, place)
+        self._key.fill_(self._draw_key)
+        self._next.fill_(place)
+        self._put(self._draw(self._size(place)))
 
     def __call__(self) -> None:
-        """Learn from the next batch; the last one of an epoch may be smaller."""
-        size = min(self.batch, len(self._order) - self.place)
-        seed_dropout(self.device, (self._dropout_key + self.place) % 2**63)
-        if size < self.batch or not self._graph_allowed:
-            self._step(size)
+        """Learn from the next batch."""
+        size = self._size(self.place)
+        following = self._size(self.place + size)
+        self._seed_dropout()
+        if following < self.batch or not self._graph_allowed:
+            self._step(size, following)
         elif self._graph is not None:
             self._graph.replay()
         elif self._eager_steps < EAGER_STEPS:
-            self._on_side_stream(lambda: self._step(size))
+            self._on_side_stream(lambda: self._step(size, following))
             self._eager_steps += 1
         else:
             self._capture()
         self.place += size
 
-    def finish(self) -> None:
-        """Nothing is in flight here."""
+    def _step(self, size: int, following: int) -> None:
+        """Learn from the batch at hand, of `size`, and draw one of `following` triplets."""
+        drawn = None
+        with self._beside():
+            self._settle(self._arm[:size])
+            if following:
+                drawn = self._draw(following)
+        part = self.group.share(size)
+        x = torch.index_select(self.table, 0, self._rows[:, part].flatten())
+        tally = self.learner.learn(x.to(self.learner.precision), self._arm[part], size)
+        self._meet()
+        if self._unsettled is None:
+            self._unsettled = torch.empty_like(tally)
+        self._unsettled.copy_(tally)
+        if drawn is not None:
+            self._put(drawn)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Nothing is in flight here."""
-        return {}
+    def _draw(self, size: int) -> Triplets:
+        counter = self._next + self._lanes[:size]
+        self._next += size
+        return self.index.draw(self._order[counter], counter, self._key, self.bandit)
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Credit at once what a `HostStep` left in flight."""
-        bandit = self.learner.bandit
-        bandit.in_flight.zero_()
-        if "unsettled" in state:
-            tally = state["unsettled"].to(self.device)
-            bandit.update(tally[:, PULLS], tally[:, REWARD])
+    def _put(self, drawn: Triplets) -> None:
+        for row, column in zip(self._rows, drawn[:3], strict=True):
+            row[: len(column)] = column
+        self._arm[: len(drawn.arm)] = drawn.arm
 
-    def _step(self, size: int) -> None:
-        lanes = self._place + self._lanes[:size]
-        triplets = self.index.draw(self._order[lanes], lanes, self._key, self.learner.bandit)
-        x = torch.index_select(self.table, 0, torch.cat(triplets[:3]))
-        tally = self.learner.learn(x.to(self.learner.precision), triplets.arm)
-        self.learner.bandit.update(tally[:, PULLS], tally[:, REWARD])
-        self._place += size
+    @contextlib.contextmanager
+    def _beside(self) -> Iterator[None]:
+        """Work that may run at the same time as what follows, until `_meet`."""
+        if self._side is None:
+            yield
+            return
+        self._side.wait_stream(torch.cuda.current_stream(self.table.device))
+        with torch.cuda.stream(self._side):
+            yield
+
+    def _meet(self) -> None:
+        if self._side is not None:
+            torch.cuda.current_stream(self.table.device).wait_stream(self._side)
 
     def _on_side_stream(self, work: Callable[[], None]) -> None:
-        stream = torch.cuda.Stream(self.device)
-        stream.wait_stream(torch.cuda.current_stream(self.device))
+        device = self.table.device
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(stream):
             work()
-        torch.cuda.current_stream(self.device).wait_stream(stream)
+        torch.cuda.current_stream(device).wait_stream(stream)
 
     def _capture(self) -> None:
         """Capture the step and run it; a driver that refuses leaves us with eager steps."""
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph):
-                self._step(self.batch)
+            # In this mode NCCL's own thread may look after its work meanwhile.
+            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+                self._step(self.batch, self.batch)
         except RuntimeError as error:
             logger.warning("no CUDA graph (%s): going on step by step", str(error).splitlines()[0])
             self._graph_allowed = False
-            self._step(self.batch)
+            self._step(self.batch, self.batch)
             return
         self._graph = graph
         graph.replay()
 
 
-class HostStep:
-    """Steps through an epoch with the table on the host.
-
-    While the device learns from batch t, a thread draws and gathers batch t+1. So batch t+1 is
-    drawn knowing the rewards up to t-1, with the pulls of t in flight, on every machine alike.
-    """
+class HostStep(_Step):
+    """Steps through an epoch with the table on the host, where a thread draws and gathers."""
 
     def __init__(self, learner: Learner, index: TripletIndex, table: Tensor) -> None:
-        self.learner = learner
-        self.index = index
-        self.table = table
-        self.bandit = learner.bandit
-        self.device = learner.tally.device
-        self.batch = min(learner.section.batch_size, len(index.anchors))
-        on_gpu = self.device.type == "cuda"
-        self._buffers = [
-            torch.empty(3 * self.batch, table.shape[1], dtype=table.dtype, pin_memory=on_gpu)
-            for _ in range(2)
-        ]
+        super().__init__(learner, index, table)
+        most = -(-self.batch // self.group.size)
+        # One to learn from while the other is filled.
+        self._buffers = itertools.cycle(_Buffer(most, table, learner.device) for _ in range(2))
         self._thread = ThreadPoolExecutor(1, "prefetch")
-        self._ahead: Future[tuple[Triplets, Tensor]] | None = None
-        self._unsettled: Tensor | None = None  # the last step's tally, on the CPU, once it is there
-        self._answered = torch.cuda.Event() if on_gpu else None
+        self._ahead: Future[tuple[Tensor, _Buffer]] | None = None
+        self._answered = torch.cuda.Event() if learner.device.type == "cuda" else None
 
     def begin(self, seed: int, epoch: int, place: int) -> None:
         """Go to anchor number `place` of `epoch`."""
-        self._order = self.index.order(rng.key(seed, rng.ORDER, epoch))
-        self._key = rng.key(seed, rng.DRAW, epoch)
-        self._dropout_key = rng.key(seed, rng.DROPOUT, epoch)
-        self.place = place
-        self._turn = 0
+        super().begin(seed, epoch, place)
         self._prefetch(place)
 
     def __call__(self) -> None:
-        """Learn from the next batch; the last one of an epoch may be smaller."""
+        """Learn from the next batch."""
         assert self._ahead is not None
-        triplets, x = self._ahead.result()
-        following = self.place + len(triplets.arm)
-        seed_dropout(self.device, (self._dropout_key + self.place) % 2**63)
-        if self.device.type == "cpu":  # learning blocks, so let the thread start first
-            self._settle(triplets)
-            self._prefetch(following)
-            tally = self._learn(triplets, x)
+        arm, buffer = self._ahead.result()
+        following = self.place + len(arm)
+        self._seed_dropout()
+        if self._answered is None:  # learning blocks, so let the thread start first
+            self._look_ahead(arm, following)
+            self._unsettled = self._learn(buffer, len(arm))
         else:
-            tally = self._learn(triplets, x)
-            self._settle(triplets)
-            self._prefetch(following)
-        self._answer(tally)
+            tally = self._learn(buffer, len(arm))
+            self._look_ahead(arm, following)
+            # A new one each time: the one before may still be asked for.
+            self._unsettled = torch.empty(tally.shape, dtype=tally.dtype, pin_memory=True)
+            self._unsettled.copy_(tally, non_blocking=True)
+            self._answered.record()
         self.place = following
 
-    def finish(self) -> None:
-        """Credit the last step of the epoch."""
-        self._settle(None)
-
     def state_dict(self) -> dict[str, Tensor]:
-        """The tally of the last step, which the bandit has not been credited with yet."""
-        if self._unsettled is None:
-            return {}
+        """What is unsettled; waits for it."""
         self._wait()
-        return {"unsettled": self._unsettled}
+        return super().state_dict()
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Call it before `begin`, which draws ahead."""
-        self._unsettled = state.get("unsettled")
+    def _learn(self, buffer: _Buffer, batch: int) -> Tensor:
+        x, arm = buffer.take()
+        return self.learner.learn(x.to(self.learner.precision), arm, batch)
 
-    def _learn(self, triplets: Triplets, x: Tensor) -> Tensor:
-        x = x.to(self.device, non_blocking=True).to(self.learner.precision)
-        return self.learner.learn(x, triplets.arm.to(self.device, non_blocking=True))
-
-    def _prefetch(self, place: int) -> None:
-        if place >= len(self._order):
-            self._ahead = None
-            return
-        self._turn += 1
-        self._ahead = self._thread.submit(self._draw, place, self._buffers[self._turn % 2])
-
-    @torch.no_grad()
-    def _draw(self, place: int, buffer: Tensor) -> tuple[Triplets, Tensor]:
-        anchor = self._order[place : place + self.batch]
-        counter = torch.arange(place, place + len(anchor))
-        triplets = self.index.draw(anchor, counter, self._key, self.bandit)
-        x = buffer[: 3 * len(anchor)]
-        torch.index_select(self.table, 0, torch.cat(triplets[:3]), out=x)
-        return triplets, x
-
-    def _answer(self, tally: Tensor) -> None:
-        """Keep a step's tally for `_settle`; on a GPU it is copied behind the step, not awaited."""
-        if self._answered is None:
-            self._unsettled = tally
-            return
-        # A new buffer each time: the one before may still be asked for.
-        self._unsettled = torch.empty(tally.shape, dtype=tally.dtype, pin_memory=True)
-        self._unsettled.copy_(tally, non_blocking=True)
-        self._answered.record()
+    def _look_ahead(self, arm: Tensor, place: int) -> None:
+        """Settle the last step and have the batch at `place` drawn; `arm` is in flight."""
+        self._wait()
+        self._settle(arm)
+        self._prefetch(place)
 
     def _wait(self) -> None:
-        """Wait until the last step's tally, and so its copy of the batch, is through."""
+        """Until the last step is through: its tally is here, and nothing reads its buffer."""
         if self._answered is not None:
             self._answered.synchronize()
 
-    def _settle(self, drawn: Triplets | None) -> None:
-        """Credit the step before; what was `drawn` since is in flight now."""
-        if self._unsettled is not None:
-            self._wait()
-            self.bandit.update(self._unsettled[:, PULLS], self._unsettled[:, REWARD])
-            self._unsettled = None
-        self.bandit.in_flight.zero_()
-        if drawn is not None:
-            ones = torch.ones(len(drawn.arm), 1)
-            self.bandit.in_flight.add_(sum_per_arm(drawn.arm, ones, self.bandit.arms)[:, 0])
+    def _prefetch(self, place: int) -> None:
+        self._ahead = None
+        if place < len(self._order):
+            self._ahead = self._thread.submit(self._draw, place, next(self._buffers))
+
+    @torch.no_grad()
+    def _draw(self, place: int, buffer: _Buffer) -> tuple[Tensor, _Buffer]:
+        counter = torch.arange(place, place + self._size(place))
+        drawn = self.index.draw(self._order[counter], counter, self._draw_key, self.bandit)
+        part = self.group.share(len(counter))
+        rows = torch.cat([column[part] for column in drawn[:3]])
+        buffer.fill(self.table, rows, drawn.arm[part])
+        return drawn.arm, buffer
+
+
+class _Buffer:
+    """Room for a gathered batch on the host and, where the device is a GPU, on it."""
+
+    def __init__(self, triplets: int, table: Tensor, device: torch.device) -> None:
+        gpu = device.type == "cuda"
+        self.x = torch.empty(3 * triplets, table.shape[1], dtype=table.dtype, pin_memory=gpu)
+        self.arm = torch.empty(triplets, dtype=torch.int64, pin_memory=gpu)
+        self.there = self.x.to(device), self.arm.to(device)  # on a CPU the same memory
+        self.stream = torch.cuda.Stream(device) if gpu else None
+        self.rows = 0
+
+    def fill(self, table: Tensor, rows: Tensor, arm: Tensor) -> None:
+        """Gather `rows` [3b] of the table and keep their `arm` [b]."""
+        self.rows = len(rows)
+        self.arm[: len(arm)] = arm
+        self._send(self.there[1][: len(arm)], self.arm[: len(arm)])
+        x, there = self.x[: len(rows)], self.there[0][: len(rows)]
+        piece = max(1, -(-len(rows) // (PIECES if self.stream else 1)))
+        for wanted, here, away in zip(*(t.split(piece) for t in (rows, x, there)), strict=True):
+            torch.index_select(table, 0, wanted, out=here)
+            self._send(away, here)
+
+    def take(self) -> tuple[Tensor, Tensor]:
+        """The batch on the device: [3b, D] and [b]."""
+        if self.stream is not None:
+            torch.cuda.current_stream().wait_stream(self.stream)
+        return self.there[0][: self.rows], self.there[1][: self.rows // 3]
+
+    def _send(self, away: Tensor, here: Tensor) -> None:
+        if self.stream is not None:
+            with torch.cuda.stream(self.stream):
+                away.copy_(here, non_blocking=True)

@@ -1,0 +1,176 @@
+"""Processes of one job: one per GPU for a training, or several workers of a study.
+
+The parent computes nothing. It hands on the request to stop, waits, and none outlives it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+from tripletkit import boundary, log
+from tripletkit.cluster import preempt
+from tripletkit.errors import RunError, TripletkitError
+from tripletkit.log import logger
+
+ASK_SECONDS = 0.2  # so often the parent looks whether it was asked to stop
+
+# What a process runs: it gets a function that says whether it was asked to stop.
+Work = Callable[[Callable[[], bool]], Any]
+
+
+def run(
+    works: Sequence[Work],
+    environments: Sequence[Mapping[str, str]],
+    *,
+    should_stop: Callable[[], bool],
+    together: bool,
+    restarts: int = 0,
+) -> list[Any]:
+    """Run each of `works`, which must be picklable, in a process of its own; returns their results.
+
+    `environments` are variables that each process sees from its start on. Processes that work
+    `together` all end when one fails. Others go on; a process that is killed is started again, up
+    to `restarts` times, and the first error is raised when all have ended.
+    """
+    with contextlib.ExitStack() as stack:
+        family = [
+            stack.enter_context(_Member(number, *each))
+            for number, each in enumerate(zip(works, environments, strict=True))
+        ]
+        told = False
+        while running := [each for each in family if not each.ended]:
+            if should_stop() and not told:
+                told = True
+                for each in running:
+                    each.ask_to_stop()
+            for connection in wait([each.connection for each in running], ASK_SECONDS):
+                each = next(each for each in running if each.connection is connection)
+                each.conclude()
+                if each.killed and each.starts <= restarts and not told:
+                    logger.warning("%s: starting it again", each.error)
+                    each.start()
+            if together and (error := _first_error(family)) is not None:
+                raise error
+        if (error := _first_error(family)) is not None:
+            raise error
+        return [each.result for each in family]
+
+
+def launched() -> bool:
+    """Whether a launcher, such as torchrun, started this process as one of several."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def follows() -> bool:
+    """Whether another one of them leads: it writes and talks."""
+    return launched() and os.environ["RANK"] != "0"
+
+
+class _Member:
+    """One process and what has become of it. Leaving the block ends it."""
+
+    def __init__(self, number: int, work: Work, environment: Mapping[str, str]) -> None:
+        self.number = number
+        self.work = work
+        self.environment = environment
+        self.starts = 0
+        self.connection: Connection
+        self.process: Any
+
+    def __enter__(self) -> _Member:
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.process.kill()
+        self.process.join()
+        self.connection.close()
+
+    def start(self) -> None:
+        self.ended = self.killed = False
+        self.result: Any = None
+        self.error: BaseException | None = None
+        self.starts += 1
+        # Not forked: threads and CUDA do not survive that.
+        context = multiprocessing.get_context("spawn")
+        self.connection, theirs = context.Pipe(duplex=False)
+        self.process = context.Process(
+            target=_work,
+            args=(self.work, dict(self.environment), theirs, not log.err.is_terminal),
+            name=f"process {self.number}",
+        )
+        with _signals_wait():
+            self.process.start()
+        theirs.close()
+
+    def ask_to_stop(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.process.pid, signal.SIGUSR1)
+
+    def conclude(self) -> None:
+        """Take what it left; it has closed its end of the pipe, or is about to."""
+        try:
+            self.result, self.error = self.connection.recv()
+            self.process.join()
+        except EOFError:
+            self.process.join()
+            self.killed = True
+            code = self.process.exitcode
+            how = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+            self.error = RunError(
+                f"process {self.number} of this job died ({how})",
+                hint="SIGKILL mostly means that memory ran out: ask for more (slurm.mem)"
+                if code == -signal.SIGKILL
+                else "the log above may say why",
+            )
+        self.ended = True
+
+
+def _first_error(family: Sequence[_Member]) -> BaseException | None:
+    """What went wrong first of all; when one fails, those it worked with may fail over it."""
+    errors = [each.error for each in family if each.error is not None]
+    return min(errors, key=lambda e: not isinstance(e, TripletkitError), default=None)
+
+
+@contextlib.contextmanager
+def _signals_wait() -> Iterator[None]:
+    """A process that is started meanwhile gets signals only when it is ready for them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, preempt.WATCHED)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _work(work: Work, environment: dict[str, str], answer: Connection, plain: bool) -> None:
+    """The life of a process: work, and say how it ended."""
+    os.environ.update(environment)
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    boundary.prepare_process(plain=plain)
+    result: Any = None
+    error: BaseException | None = None
+    with preempt.watch() as stop:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, preempt.WATCHED)
+        try:
+            result = work(stop)
+        except TripletkitError as ours:
+            error = ours
+        except BaseException as bug:  # noqa: BLE001 - the parent's boundary sees to it
+            bug.add_note(traceback.format_exc())
+            error = bug
+        answer.send((result, error))
+
+
+def _die_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

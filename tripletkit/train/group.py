@@ -1,0 +1,110 @@
+"""The processes that train one head together: one per GPU, rank 0 first. Usually it is one alone."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tripletkit import log, processes
+
+T = TypeVar("T")
+
+PATIENCE = timedelta(minutes=30)  # one may write or read a cache while the others wait for it
+
+
+class Group:
+    """Who we are among them, and what we do together; alone, nothing of it costs anything.
+
+    Every process must make the same calls in the same order.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1) -> None:
+        self.rank = rank
+        self.size = size
+
+    @property
+    def leads(self) -> bool:
+        """Whether we are the one that writes, reports and talks."""
+        return self.rank == 0
+
+    def share(self, count: int) -> slice:
+        """Our consecutive part of `count` items; it may be empty."""
+        return slice(count * self.rank // self.size, count * (self.rank + 1) // self.size)
+
+    def add(self, *tensors: Tensor) -> None:
+        """Replace each tensor, in place, by its sum over the processes, in one go."""
+        if self.size == 1:
+            return
+        flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+        dist.all_reduce(flat)
+        for tensor, part in zip(tensors, flat.split([t.numel() for t in tensors]), strict=True):
+            tensor.copy_(part.view_as(tensor))
+
+    def whole(self, part: Tensor, count: int) -> Tensor:
+        """All [count, ...] rows, of which each process has its `share`, in order."""
+        if self.size == 1:
+            return part
+        most = -(-count // self.size)
+        padded = part.new_zeros(most, *part.shape[1:])
+        padded[: len(part)] = part
+        parts = [torch.empty_like(padded) for _ in range(self.size)]
+        dist.all_gather(parts, padded)
+        shares = [Group(rank, self.size).share(count) for rank in range(self.size)]
+        return torch.cat([x[: s.stop - s.start] for x, s in zip(parts, shares, strict=True)])
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is true anywhere."""
+        if self.size == 1:
+            return flag
+        answer = torch.tensor([int(flag)])
+        dist.all_reduce(answer, dist.ReduceOp.MAX)
+        return bool(answer)
+
+    def first(self, value: T) -> T:
+        """The value of rank 0, for all. It must be picklable."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box)
+        return box[0]
+
+    def all(self, value: T) -> Sequence[T]:
+        """The values of all processes, by rank. They must be picklable."""
+        if self.size == 1:
+            return [value]
+        values: list[T] = [value] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+
+ALONE = Group()
+
+
+@contextlib.contextmanager
+def member(*, rendezvous: str = "env://") -> Iterator[Group]:
+    """Be one of the processes that RANK and WORLD_SIZE tell of, as torchrun sets them.
+
+    Each takes the GPU of its LOCAL_RANK; tensors on a GPU travel by NCCL, those on a CPU by gloo.
+    """
+    if not processes.launched():
+        yield ALONE
+        return
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    backend = "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        backend = "cpu:gloo,cuda:nccl"
+    if rank:
+        log.only_errors()
+    dist.init_process_group(backend, rendezvous, timeout=PATIENCE, rank=rank, world_size=size)
+    try:
+        yield Group(rank, size)
+    finally:
+        dist.destroy_process_group()
