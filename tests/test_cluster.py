@@ -68,7 +68,7 @@ def test_an_array_has_a_job_for_each_element(slurm, shared):
         ("--partition=nowhere", "invalid partition"),
         (f"--array=0-{MAX_ARRAY_SIZE}", "Invalid job array"),
         ("--mem=17G", "[Mm]emory specification"),
-        ("--gres=gpu:2", "node configuration is not available"),
+        ("--gres=gpu:3", "node configuration is not available"),
     ],
 )
 def test_what_the_cluster_cannot_do_is_refused(slurm, option, reason):

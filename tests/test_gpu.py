@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from tests.test_group import together, train_all
 from tests.test_loop import data, make_config, paths  # noqa: F401 - fixtures
 from tests.worlds import clustered, near_and_far
 from tripletkit.config import Training, TrainingModel
@@ -10,16 +11,21 @@ from tripletkit.device import make_deterministic, put
 from tripletkit.paths import run_paths
 from tripletkit.train import checkpoint as checkpoints
 from tripletkit.train.bandit import Bandit
+from tripletkit.train.group import ALONE
 from tripletkit.train.head import Head
 from tripletkit.train.loop import train
 from tripletkit.train.retrieval import retrieve, summarize
 from tripletkit.train.sampler import TripletIndex
-from tripletkit.train.step import DeviceStep, Learner
+from tripletkit.train.step import DeviceStep, Learner, _Buffer
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"),
 ]
+
+
+def never() -> bool:
+    return False
 
 
 def steps(device: str, count: int, *, graph: bool = True, dropout: float = 0.0) -> Learner:
@@ -47,6 +53,38 @@ def test_the_captured_step_is_the_eager_step():
     assert torch.equal(captured.bandit.pulls, eager.bandit.pulls)
     for a, b in zip(captured.head.parameters(), eager.head.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_placements_agree_to_the_last_bit(tmp_path, data):  # noqa: F811
+    runs = {name: run_paths(tmp_path / name) for name in ("device", "host")}
+    for name, each in runs.items():
+        train(make_config(each, device="cuda", placement=name), data, each)
+    ours, theirs = (checkpoints.load(each.final) for each in runs.values())
+    for part in ("model_state_dict", "bandit", "step"):
+        torch.testing.assert_close(ours[part], theirs[part], rtol=0, atol=0)
+
+
+def test_a_table_larger_than_the_buffers_streams_through_them():
+    """Batches in several pieces, the last of them short: what arrives is what was asked for."""
+    table = torch.randn(1000, 24).half()
+    buffer = _Buffer(37, table, torch.device("cuda"))
+    for count in (37, 5, 37, 0, 12):
+        rows = torch.randint(0, 1000, (3 * count,))
+        arm = torch.randint(0, 8, (count,))
+        buffer.fill(table, rows, arm)
+        x, arms = buffer.take()
+        assert torch.equal(x.cpu(), table[rows])
+        assert torch.equal(arms.cpu(), arm)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="no two GPUs")
+def test_two_gpus_agree_with_one(tmp_path):
+    (alone,) = train_all(ALONE, tmp_path / "one", [{"device": "cuda", "precision": "fp32"}], never)
+    both = together(
+        tmp_path, 2, train_all, tmp_path / "two", [{"device": "cuda", "precision": "fp32"}]
+    )
+    assert both[0][0].metrics == both[1][0].metrics
+    assert both[0][0].metrics == pytest.approx(dict(alone.metrics), abs=2e-3)
 
 
 def test_gpu_and_cpu_draw_the_same_and_agree_within_rounding():

@@ -1,5 +1,6 @@
 """Several processes that train one head together, against one that does it alone."""
 
+import contextlib
 import functools
 import json
 import os
@@ -10,9 +11,11 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
+from tests import fleet
 from tests.test_loop import make_config
 from tests.toy import write_parquet
 from tests.worlds import clustered, near_and_far
@@ -35,7 +38,9 @@ def together(folder: Path, size: int, work, *arguments, should_stop=lambda: Fals
         }
         for rank in range(size)
     ]  # fmt: skip
-    call = functools.partial(in_group, f"file://{folder}/rendezvous-{time.time_ns()}", work, arguments)
+    call = functools.partial(
+        in_group, f"file://{folder}/rendezvous-{time.time_ns()}", work, arguments
+    )
     return processes.run([call] * size, environments, should_stop=should_stop, together=True)
 
 
@@ -237,7 +242,14 @@ def start(project: Path, *command: str, name: str) -> subprocess.CompletedProces
 def test_gpus_and_torchrun_start_groups_that_agree_with_one_process(project):
     python = sys.executable
     tripletkit = [python, "-m", "tripletkit", "train"]
-    torchrun = [python, "-m", "torch.distributed.run", "--nproc-per-node=2", "-m", "tripletkit.train"]
+    torchrun = [
+        python,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node=2",
+        "-m",
+        "tripletkit.train",
+    ]
     outputs = {
         "one": start(project, *tripletkit, name="one"),
         "gpus": start(project, *tripletkit, "--gpus=2", name="gpus"),
@@ -253,3 +265,38 @@ def test_gpus_and_torchrun_start_groups_that_agree_with_one_process(project):
             atol=1e-3,
         )
     assert "[rank 0]" in outputs["torchrun"].stderr
+
+
+def test_on_slurm_a_job_uses_all_its_gpus_and_goes_on_after_a_requeue(slurm, tmp_path):
+    config = fleet.write_config(
+        tmp_path, training={"num_epochs": 20, "checkpoint_every_minutes": 0.01},
+        training_model={"dropout": 0.0},
+    )  # fmt: skip
+    output = fleet.tripletkit("train", "-c", config, "--cluster", "slurm", "--gpus", "2")
+    job = output.split("slurm job ")[1].split()[0]
+    paths = run_paths(tmp_path / "checkpoints")
+    fleet.until(paths.best.exists, lambda: slurm.run("squeue"), deadline=120)
+    assert ranks_of(job) == 2
+    slurm.run("scancel", "--signal=USR2", f"{job}.0")
+    fleet.until(paths.final.exists, lambda: slurm.run("squeue"), deadline=180)
+    fleet.wait_for_empty_queue(slurm, tmp_path / "logs", deadline=60)
+    assert "resuming from" in paths.log.read_text()
+    assert ranks_of(job) == 0
+    whole = run_paths(tmp_path / "whole")
+    fleet.tripletkit(
+        "train", "-c", config, "--set", f"paths.checkpoint_dir={whole.root}", "--gpus", "0",
+        environment={"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    a, b = (checkpoints.load(each.final) for each in (paths, whole))
+    assert a["global_step"] == b["global_step"]
+    np.testing.assert_allclose(numbers(paths.metrics), numbers(whole.metrics), atol=0.02)
+
+
+def ranks_of(job: str) -> int:
+    """Processes that train for this job, beside the one that waits for them."""
+    count = 0
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            ours = process.environ().get("SLURM_JOB_ID") == job
+            count += ours and any("spawn_main" in word for word in process.cmdline())
+    return count

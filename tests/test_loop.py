@@ -8,6 +8,7 @@ import torch
 
 from tests.worlds import clustered, make_bands, near_and_far
 from tripletkit import config as configuration
+from tripletkit import device
 from tripletkit.device import choose_device
 from tripletkit.errors import ConfigError, DataError, RunError
 from tripletkit.paths import RunPaths, run_paths
@@ -351,7 +352,6 @@ def test_the_placement_does_not_change_the_result_nor_does_moving(tmp_path, data
         assert paths.metrics.read_bytes() == runs["device"].metrics.read_bytes()
         for part in ("model_state_dict", "bandit", "step"):
             torch.testing.assert_close(end[part], ends[0][part], rtol=0, atol=0)
-    assert float(bandit["in_flight"].sum()) == 0
 
 
 def test_bands_without_a_neighbour_left_give_random_negatives(paths, data):
@@ -403,6 +403,17 @@ def test_effective_configuration_is_kept(paths, data):
 def test_bf16_trains_as_well(paths, data, placement):
     result = run(paths, data, precision="bf16", placement=placement, num_epochs=5)
     assert result.best_metrics["map@r"] > result.raw["map@r"] + 0.2
+
+
+@pytest.mark.parametrize(
+    ("flags", "chosen"),
+    [("fpu avx2 avx512_bf16", torch.float32), ("avx2 amx_bf16 amx_tile", torch.bfloat16)],
+)
+def test_on_a_cpu_bf16_is_for_those_with_matrix_units(monkeypatch, tmp_path, flags, chosen):
+    (tmp_path / "cpuinfo").write_text(f"model name : X\nflags : {flags} other\n")
+    monkeypatch.setattr(device, "CPU_INFO", tmp_path / "cpuinfo")
+    assert device.choose_precision("auto", torch.device("cpu")) == chosen
+    assert device.choose_precision("fp32", torch.device("cpu")) == torch.float32
 
 
 def test_a_gpu_that_is_not_there_is_explained(monkeypatch):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.worlds import clustered, near_and_far
 from tripletkit.config import Training, TrainingModel
@@ -11,7 +12,7 @@ from tripletkit.train import rng
 from tripletkit.train.bandit import Bandit
 from tripletkit.train.head import Head
 from tripletkit.train.sampler import TripletIndex
-from tripletkit.train.step import LOSS, PULLS, REWARD, DeviceStep, HostStep, Learner
+from tripletkit.train.step import LOSS, PULLS, REWARD, DeviceStep, HostStep, Learner, _Buffer
 
 CPU = torch.device("cpu")
 SECTION = Training(batch_size=24, learning_rate=1e-2, ucb_warmup_samples=30, ucb_discount=0.9)
@@ -138,3 +139,43 @@ def test_batches_are_drawn_one_ahead_with_the_pulls_in_flight(parts, kind):
     assert torch.equal(bandit.pulls, learner.bandit.pulls)
     assert torch.equal(bandit.earned, learner.bandit.earned)
     assert torch.equal(step.state_dict()["unsettled"], answered)
+
+
+def test_a_buffer_gives_back_what_it_was_filled_with():
+    table = torch.randn(1000, 24).half()
+    buffer = _Buffer(37, table, CPU)
+    for count in (37, 5, 0, 12):
+        rows, arm = torch.randint(0, 1000, (3 * count,)), torch.randint(0, 8, (count,))
+        buffer.fill(table, rows, arm)
+        x, arms = buffer.take()
+        assert torch.equal(x, table[rows])
+        assert torch.equal(arms, arm)
+
+
+class Kernels(TorchDispatchMode):
+    """Counts the operations that compute, as opposed to those that look at memory otherwise."""
+
+    VIEWS = (
+        "view", "slice", "select", "unsqueeze", "expand", "transpose", "t", "detach", "split",
+        "alias", "empty", "empty_like",
+    )  # fmt: skip
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        self.count += name not in self.VIEWS and "profiler" not in str(function)
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_step_is_few_kernels(parts):
+    """On a GPU a kernel takes a microsecond or more, and a small batch nothing but kernels."""
+    learner, index, table = parts
+    step = DeviceStep(learner, index, table)
+    step.begin(0, 1, 0)
+    step()
+    with Kernels() as kernels:
+        step()
+    assert kernels.count < 360

@@ -71,10 +71,11 @@ PartitionName=lowgrace PriorityTier=1 PreemptMode=REQUEUE GraceTime=30
 
 NODE = (
     "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port}"
-    " CPUs=8 RealMemory=16000 Gres=gpu:1 State=UNKNOWN"
+    " CPUs=8 RealMemory=16000 Gres=gpu:{gpus} State=UNKNOWN"
 )
 
-GRES = "AutoDetect=off\nNodeName={nodes} Name=gpu File={folder}/nvidia0\n"
+GPUS = {"n4": 2}  # the other nodes have one
+GRES = "NodeName={name} Name=gpu File={folder}/nvidia[0-{last}]\n"
 
 SLURMDBD = """\
 AuthType=auth/munge
@@ -142,7 +143,10 @@ def write(folder: Path) -> dict[str, int]:
         "host": host,
         "max_array_size": MAX_ARRAY_SIZE,
         "password": secrets.token_hex(16),
-        "nodes": "\n".join(NODE.format(name=name, host=host, port=ports[name]) for name in NODES),
+        "nodes": "\n".join(
+            NODE.format(name=name, host=host, port=ports[name], gpus=GPUS.get(name, 1))
+            for name in NODES
+        ),
         **ports,
     }
 
@@ -152,8 +156,10 @@ def write(folder: Path) -> dict[str, int]:
         path.write_text(text)
 
     put("slurm.conf", SLURM.format(**values), 0o644)
-    put("gres.conf", GRES.format(nodes=",".join(NODES), folder=folder), 0o644)
-    (folder / "nvidia0").symlink_to("/dev/null")  # a device whose name ends in its index
+    gres = [GRES.format(name=name, folder=folder, last=GPUS.get(name, 1) - 1) for name in NODES]
+    put("gres.conf", "AutoDetect=off\n" + "".join(gres), 0o644)
+    for index in range(2):  # devices whose names end in their index
+        (folder / f"nvidia{index}").symlink_to("/dev/null")
     put("slurmdbd.conf", SLURMDBD.format(**values), 0o600)
     put("mariadb.conf", MARIADB.format(**values), 0o600)
     put("init.sql", INIT.format(**values), 0o600)

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tripletkit import log, processes
+from tripletkit.errors import RunError
 
 T = TypeVar("T")
 
@@ -99,7 +100,14 @@ def member(*, rendezvous: str = "env://") -> Iterator[Group]:
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     backend = "gloo"
     if torch.cuda.is_available():
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % torch.cuda.device_count())
+        count = torch.cuda.device_count()
+        if 1 < count < int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
+            raise RunError(
+                f"{os.environ['LOCAL_WORLD_SIZE']} processes on this machine, but {count} GPUs",
+                hint="slurm.gpus, or torchrun's --nproc-per-node, is the number of GPUs",
+            )
+        # A launcher may show each process its own GPU alone.
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % count)
         backend = "cpu:gloo,cuda:nccl"
     if rank:
         log.only_errors()
