@@ -58,6 +58,39 @@ def test_help_is_answered_without_the_heavy_libraries():
     assert output.stdout.endswith("[]\n")
 
 
+def test_commands_that_only_look_do_not_load_what_trains(run, files, tmp_path):
+    assert run("tune", *use(files, "train", "val"), "--cluster=here", "--prepare") == 0
+    code = (
+        "import sys\nfrom tripletkit import cli\n"
+        "def end(*words): return cli.run(\n"
+        "    lambda: cli.app(words, prog_name='tripletkit', standalone_mode=False))\n"
+        "print('ends', end('study', 'show'), end('status'), end('db', 'status'))\n"
+        "end('doctor'), end('logs'), end('wait', '--timeout=0'), end('cancel', '1'), end('why', '1')\n"
+        "print(sorted({'torch', 'pyarrow', 'submitit', 'matplotlib'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert "ends 0 0 0\n" in done.stdout
+    assert "Traceback" not in done.stderr
+    assert done.stdout.endswith("[]\n")
+
+
+def test_training_does_not_load_what_it_does_not_use(files, tmp_path):
+    """PyTorch's compiler takes as long to load as PyTorch; its optimisers ask for it in passing."""
+    arguments = ["train", *use(files, "train", "val"), *QUICK]
+    code = (
+        f"import sys\nfrom tripletkit import cli\n"
+        f"assert cli.run(lambda: cli.app({arguments!r}, standalone_mode=False)) == 0\n"
+        "unused = {'torch._dynamo', 'torch._inductor', 'sympy', 'optuna', 'submitit', 'matplotlib'}\n"
+        "print(sorted(unused & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.endswith("[]\n")
+
+
 def test_version(run, capsys):
     assert run("--version") == 0
     assert capsys.readouterr().out.startswith("tripletkit 0.")

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch._dynamo  # the optimiser imports it; so the server below has it too
 
 from tests.worlds import clustered, near_and_far
 from tripletkit import config as configuration

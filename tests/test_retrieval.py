@@ -12,7 +12,7 @@ from pytorch_metric_learning.utils.accuracy_calculator import AccuracyCalculator
 from pytorch_metric_learning.utils.inference import CustomKNN
 
 from tripletkit.errors import DataError, RunError
-from tripletkit.train.retrieval import TIE, Retrieval, retrieve, summarize
+from tripletkit.train.retrieval import TIE, Retrieval, merge, retrieve, summarize
 
 PER_QUERY = ("first_hit_rank", "average_precision_at_r", "r_precision")
 
@@ -128,6 +128,40 @@ def test_agrees_with_pytorch_metric_learning(noise):
     assert ours["r_precision"] == pytest.approx(theirs["r_precision"], abs=1e-6)
     assert ours["recall@1"] == pytest.approx(theirs["precision_at_1"], abs=1e-6)
     assert ours["mrr"] == pytest.approx(theirs["mean_reciprocal_rank"], abs=1e-6)
+
+
+@given(
+    codes=labels,
+    noise=st.sampled_from([0.5, 3.0]),
+    tile=st.integers(1, 40) | st.none(),
+    parts=st.integers(2, 5),
+    limit=st.integers(0, 60),
+    seed=st.integers(0, 1000),
+)
+@settings(deadline=None, max_examples=60)
+def test_merged_shares_are_the_whole_bit_for_bit(codes, noise, tile, parts, limit, seed):
+    embeddings, building = gaussian(codes, noise=noise, seed=seed)
+    options = {"tile": tile, "max_queries": limit, "seed": seed}
+    shares = [retrieve(embeddings, building, **options, share=(i, parts)) for i in range(parts)]
+    whole = retrieve(embeddings, building, **options)
+    assert_same(merge(shares), whole)
+    assert_same(merge(shares[::-1]), whole)
+    assert {share.singletons for share in shares} == {whole.singletons}
+
+
+def test_shares_are_about_as_large():
+    embeddings, building = gaussian(np.random.default_rng(8).integers(100, size=1000))
+    shares = [retrieve(embeddings, building, tile=50, share=(i, 3)) for i in range(3)]
+    sizes = [len(share.query_rows) for share in shares]
+    assert sum(sizes) == len(retrieve(embeddings, building).query_rows)
+    assert max(sizes) - min(sizes) <= 50
+
+
+def test_with_more_shares_than_tiles_some_are_empty():
+    embeddings, building = gaussian([0, 0, 0, 1, 1, 2])
+    shares = [retrieve(embeddings, building, tile=3, share=(i, 4)) for i in range(4)]
+    assert [len(share.query_rows) for share in shares] == [3, 2, 0, 0]
+    assert_same(merge(shares), retrieve(embeddings, building))
 
 
 def test_identical_embeddings_put_every_negative_first():

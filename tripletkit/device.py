@@ -79,7 +79,8 @@ def make_deterministic(device: torch.device) -> None:
     """The same inputs give the same bits: needed for exact resume, free in our step."""
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True)
+    # As torch.use_deterministic_algorithms(True), which would import torch's compiler: a second.
+    torch.set_deterministic_debug_mode("error")
     # Filling fresh memory with NaN costs bandwidth and catches nothing here.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 

@@ -23,8 +23,10 @@ from tripletkit.errors import DataError, RunError
 TIE = 1e-6
 NARROWEST = 128  # gallery columns of the first, cheap look at every query
 COPY_ROWS = 8192
-# Queries and gallery rows of a tile. On a CPU it stays in the last cache; on a GPU it is 1 GB.
-TILES = {"cpu": (1024, 1024), "cuda": (16384, 16384)}
+QUERIES = {"cpu": 1024, "cuda": 16384}  # of a tile; the same for all who share a retrieval
+# On a CPU a tile costs 0.2 ms beside the product, so many threads get a wide one; a thread's part
+# of it, 2 MB, stays in the cache.
+GALLERY_PER_THREAD = 512
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,10 @@ def retrieve(
     which may be none, and `merge` what they got.
     Raises RunError for embeddings that are not finite, DataError if no building has two images.
     """
-    queries, width = (tile, tile) if tile else TILES[embeddings.device.type]
+    queries = tile or QUERIES[embeddings.device.type]
+    width = queries
+    if tile is None and embeddings.device.type == "cpu":
+        width = max(width, GALLERY_PER_THREAD * torch.get_num_threads())
     part, parts = share
     gallery = _Gallery.build(embeddings, building)
     places = gallery.queries(max_queries, seed)

@@ -10,6 +10,7 @@ rewards of the step before the last.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import itertools
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -36,6 +37,20 @@ EAGER_STEPS = 3
 PIECES = 8
 
 
+class _AdamW(torch.optim.AdamW):
+    """AdamW without its guards for torch.compile, which import the compiler: a second or two."""
+
+    add_param_group = inspect.unwrap(torch.optim.AdamW.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.AdamW.zero_grad)
+    state_dict = inspect.unwrap(torch.optim.AdamW.state_dict)
+    load_state_dict = inspect.unwrap(torch.optim.AdamW.load_state_dict)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update the parameters by their gradients."""
+        inspect.unwrap(torch.optim.AdamW.step)(self, closure)
+
+
 class Learner:
     """The head and its optimiser; learns from one gathered batch, of which each process has a part."""
 
@@ -53,7 +68,7 @@ class Learner:
         self.bandit = bandit
         self.precision = precision
         self.group = group
-        self.optimizer = torch.optim.AdamW(
+        self.optimizer = _AdamW(
             head.parameters(),
             lr=section.learning_rate,
             weight_decay=section.weight_decay,
