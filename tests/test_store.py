@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from tests import toy
+from tripletkit.data import parquet
 from tripletkit.data.store import (
     Store,
     check_leakage,
@@ -179,6 +180,39 @@ def test_float32_is_kept_only_for_what_float16_cannot_hold(
         assert not (store.folder / "embeddings.f16").exists()
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_rounding_is_that_of_numpy_whatever_the_batches(
+    path: Path, tmp_path: Path, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every half, its neighbours and the points half-way between two, normal or not."""
+    halves = np.arange(0x7BFF, dtype=np.uint16).view(np.float16).astype(dtype)
+    middles = (halves[1:] + halves[:-1]) / 2
+    points = np.concatenate([halves, middles, np.nextafter(middles, 0), np.nextafter(middles, 1e9)])
+    points = np.concatenate([points, -points])[: 320 * 780].reshape(-1, 780)
+    points[:, 0] = 1  # so that no vector is too small
+    table = toy.table(buildings=len(points) // 4).set_column(2, "embedding", toy.as_lists(points))
+    pq.write_table(table, path, row_group_size=37)
+    contents = set()
+    for number, size in enumerate((1, 100_000, 2**21)):
+        monkeypatch.setattr(parquet, "BATCH_BYTES", size)
+        folder = open_store(path, tmp_path / f"cache{number}").folder
+        contents.add((folder / "embeddings.f16").read_bytes())
+    assert contents == {points.astype(np.float16).tobytes()}
+
+
+@pytest.mark.parametrize("value", [65504.002, 65519.9, -65519.9, 65520.0, 1e30, 6.1034e-5])
+@pytest.mark.parametrize("dtype", ["float32", "float64"])
+def test_a_value_that_rounds_into_the_range_of_float16_is_outside_all_the_same(
+    path: Path, cache: Path, dtype: str, value: float
+) -> None:
+    vectors = toy.vectors_of(toy.table()).astype(dtype)
+    vectors[7] = value
+    pq.write_table(toy.table().set_column(2, "embedding", toy.as_lists(vectors)), path)
+    store = open_store(path, cache)
+    assert store.embeddings.dtype == np.float32
+    np.testing.assert_array_equal(store.embeddings, vectors.astype(np.float32))
+
+
 def test_float16_sources_stay_as_they_are_however_small(path: Path, cache: Path) -> None:
     table = toy.table(dtype="float16")
     vectors = toy.vectors_of(table).astype(np.float16)
@@ -300,6 +334,7 @@ def test_a_killed_builder_leaves_nothing_that_matters(
 
 def test_building_takes_little_memory_whatever_the_size(big: Path, cache: Path) -> None:
     code = """
+import tripletkit.data.embeddings  # with torch
 from tripletkit.data.store import open_store
 def peak():  # not ru_maxrss, which starts with the size of the process that forked us
     status = Path("/proc/self/status").read_text()

@@ -22,9 +22,10 @@ from numpy.typing import NDArray
 
 from tripletkit import fsio, log
 from tripletkit.data import parquet
+from tripletkit.data.flat import map_array
 from tripletkit.data.neighbors import nearest_buildings
 from tripletkit.data.parquet import Batch, Table
-from tripletkit.data.store import Store, cached, map_array, whole, writing_to
+from tripletkit.data.store import Store, cached, whole, writing_to
 from tripletkit.errors import ConfigError, DataError
 from tripletkit.log import logger
 
@@ -87,7 +88,7 @@ def _restrict(bands: Bands, store: Store) -> Bands:
     """Drop the rows and neighbours that are not in the sample."""
     K, rows = bands.count, len(store.building)
     present = np.diff(store.starts) > 0
-    offsets = np.zeros_like(bands.offsets)
+    offsets = np.zeros(len(bands.offsets), np.int64)  # like a map it would be written twice
     neighbors = []
     for start in range(0, rows, GATHER_ROWS):
         inside = store.building[start : start + GATHER_ROWS] >= 0

@@ -12,8 +12,9 @@ from torch import Tensor
 from tripletkit.data.store import Store
 from tripletkit.device import full_precision, put
 
-# Queries and gallery rows of one matrix product. Larger ones gain nothing, smaller ones lose rate.
-TILES = {"cpu": (4_096, 8_192), "cuda": (8_192, 32_768)}
+# Queries and gallery rows of one matrix product. Larger ones gain nothing, smaller ones lose rate,
+# and so do rows of the result that do not start at multiples of 64 bytes.
+TILES = {"cpu": (4_096, 4_096), "cuda": (8_192, 32_768)}
 PADDING = 1.25  # a tile repeats images until all its buildings have as many, up to this factor
 ROUNDING = 1e-6  # squared distances that float32 products cannot tell from 0: doubles
 RESIDENT_SHARE = 0.6  # of free GPU memory that the table may take
@@ -33,6 +34,7 @@ def nearest_buildings(
     """
     queries, tile = tiles or TILES[device.type]
     fetch = _fetcher(store, device)
+    product = torch.empty(min(queries, len(rows)), tile, device=device)
     sizes = np.diff(store.starts)
     order = np.argsort(-sizes, kind="stable")[: np.count_nonzero(sizes)]
     place = np.empty(len(sizes), np.int64)
@@ -45,7 +47,7 @@ def nearest_buildings(
             own = torch.from_numpy(place[store.building[block]]).to(device)[:, None]
             first = 0
             for slots in _tiles(store, order, sizes, tile):
-                best = _best_images(Q, slots, tile, fetch)
+                best = _best_images(Q, slots, fetch, product)
                 width = best.shape[1]
                 column = (own - first).clamp(0, width - 1)
                 inside = (own >= first) & (own < first + width)
@@ -78,12 +80,21 @@ def _tiles(
 
 
 def _best_images(
-    Q: Tensor, slots: NDArray[np.int64], tile: int, fetch: Callable[[NDArray[np.int64]], Tensor]
+    Q: Tensor,
+    slots: NDArray[np.int64],
+    fetch: Callable[[NDArray[np.int64]], Tensor],
+    product: Tensor,
 ) -> Tensor:
-    """Similarity of each query to the nearest image of each building, [queries, buildings]."""
+    """Similarity of each query to the nearest image of each building, [queries, buildings].
+
+    `product` [at least queries, tile] is room for one matrix product: new memory costs time.
+    """
     best = None
-    for part in np.split(slots, range(step := max(1, tile // slots.shape[1]), len(slots), step)):
-        similarity = (Q @ fetch(part.ravel()).T).view(len(Q), *part.shape).amax(1)
+    step = max(1, product.shape[1] // slots.shape[1])
+    for part in np.split(slots, range(step, len(slots), step)):
+        out = product[: len(Q), : part.size]
+        torch.mm(Q, fetch(part.ravel()).T, out=out)
+        similarity = out.view(len(Q), *part.shape).amax(1)
         best = similarity if best is None else torch.maximum(best, similarity)
     assert best is not None
     return best
@@ -93,7 +104,8 @@ def _merge(keys: Tensor, best: Tensor, codes: Tensor) -> None:
     """Update each query's sorted `keys` [q, k] with the buildings of a tile, `best` [q, n]."""
     k = keys.shape[1]
     hit = best >= _unpack(keys[:, -1:])[0]
-    if best.shape[1] > k and hit.sum() > 2 * keys.numel():  # the first tiles: raise the bar
+    many = best.shape[1] > k and torch.count_nonzero(hit) > 2 * keys.numel()
+    if many:  # the first tiles: raise the bar
         hit &= best >= best.topk(k, 1).values[:, -1:]
     row, column = torch.nonzero(hit, as_tuple=True)
     if len(row) == 0:

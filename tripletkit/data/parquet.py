@@ -33,6 +33,7 @@ DATASET_DIGITS = 4
 SHOWN = 5  # offending rows named in a message
 BATCH_BYTES = 2 * 2**20  # of decoded vectors: they stay in a core's cache until they are written
 BATCH_ROWS = 65_536
+HASH_ROWS = 8_192  # the arrays of one pass fit into a core's cache
 SAMPLES = 64
 SAMPLE_BYTES = 64 * 2**10
 MAGIC = b"PAR1"
@@ -44,6 +45,13 @@ class Table:
 
     files: tuple[Path, ...]
     rows: tuple[int, ...]  # of each file
+
+    @property
+    def name(self) -> str:
+        """For messages: the file, or the folder of several."""
+        first = self.files[0]
+        many = len(self.files) > 1
+        return f"{first.parent} ({len(self.files)} files)" if many else str(first)
 
     @property
     def total(self) -> int:
@@ -295,11 +303,10 @@ def embedding_width(table: Table, expected: int | None = None) -> tuple[int, Any
     return expected, np.result_type(*dtypes)
 
 
-def vectors(batch: Batch, width: int) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Embeddings [n, width] and the largest absolute value of each [n], all finite.
+def vectors(batch: Batch, width: int) -> NDArray[Any]:
+    """Embeddings [n, width]: the column's own numbers, without a copy.
 
-    The numbers are the column's own, without a copy where there are no nulls. Raises `DataError`
-    naming the first rows that are null, of another length, or hold null, NaN or Inf.
+    Raises `DataError` naming the first rows that are null, of another length, or hold nulls.
     """
     where = f"{batch.path}: column {EMBEDDING!r}"
     lists = _lists(batch)
@@ -314,16 +321,27 @@ def vectors(batch: Batch, width: int) -> tuple[NDArray[Any], NDArray[Any]]:
     if flat.null_count:
         holes = flat.is_null().to_numpy(zero_copy_only=False).reshape(-1, width).any(1)
         raise DataError(f"{where} has vectors with null elements in {batch.rows(holes)}")
-    values = flat.to_numpy().reshape(-1, width)
-    if values.dtype == np.float16:  # as integers: numpy computes with halves one by one
-        peaks = (values.view(np.uint16) & 0x7FFF).max(1).view(np.float16)
+    values: NDArray[Any] = flat.to_numpy().reshape(-1, width)
+    return values
+
+
+def peaks(vectors: NDArray[Any]) -> NDArray[np.float64]:
+    """The largest absolute value of each row [n]; NaN and Inf come through."""
+    if vectors.dtype == np.float16:  # as integers: numpy computes with halves one by one
+        largest = (vectors.view(np.uint16) & 0x7FFF).max(1).view(np.float16)
     else:
-        peaks = np.abs(values).max(1)  # NaN and Inf come through
-    if not np.isfinite(peaks).all():
+        largest = np.abs(vectors).max(1)
+    return np.asarray(largest, np.float64)
+
+
+def check_finite(batch: Batch, peaks: NDArray[np.float64]) -> None:
+    """Raise `DataError` naming the first rows whose largest absolute value is NaN or Inf."""
+    bad = ~np.isfinite(peaks)
+    if bad.any():
         raise DataError(
-            f"{where} has vectors with NaN or infinite elements in {batch.rows(~np.isfinite(peaks))}"
+            f"{batch.path}: column {EMBEDDING!r} has vectors with NaN or infinite elements in "
+            f"{batch.rows(bad)}"
         )
-    return values, peaks
 
 
 def _lists(batch: Batch) -> pa.Array:
@@ -363,9 +381,9 @@ def hash_texts(texts: pa.Array | pa.ChunkedArray, salt: str) -> NDArray[np.uint6
     chunks = texts.chunks if isinstance(texts, pa.ChunkedArray) else [texts]
     seed = int.from_bytes(hashlib.sha256(salt.encode()).digest()[:8], "little")
     hashes = [
-        _hash(chunk.slice(start, BATCH_ROWS), np.uint64(seed))
+        _hash(chunk.slice(start, HASH_ROWS), np.uint64(seed))
         for chunk in chunks
-        for start in range(0, len(chunk), BATCH_ROWS)
+        for start in range(0, len(chunk), HASH_ROWS)
     ]
     return np.concatenate(hashes or [np.empty(0, np.uint64)])
 

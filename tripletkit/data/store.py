@@ -20,18 +20,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from tripletkit import fsio, log
-from tripletkit.data import parquet
+from tripletkit import fsio
+from tripletkit.data import flat, parquet
 from tripletkit.data.parquet import BUILDING, EMBEDDING, Table
 from tripletkit.errors import DataError, RunError
 from tripletkit.log import logger
 
 FORMAT = 1  # part of the key: caches of another layout are not found, let alone misread
 META = "meta.json"
-DTYPES = {"f16": np.float16, "f32": np.float32, "i32": np.int32, "i64": np.int64, "u8": np.uint8}
-HALF_MAX = 65504.0
-HALF_NORMAL = 2.0**-14  # below it float16 loses precision
-FLOAT_MAX = np.finfo(np.float32).max
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -69,9 +65,11 @@ def open_store(source: Path, cache_dir: Path, *, dim: int | None = None) -> Stor
         source=source,
         folder=folder,
         fingerprint=key,
-        embeddings=map_array(folder / f"embeddings.{facts['dtype']}").reshape(-1, facts["dim"]),
-        ids=_map_texts(folder / "images.arrow"),
-        building_ids=_map_texts(folder / "buildings.arrow"),
+        embeddings=flat.map_array(folder / f"embeddings.{facts['dtype']}").reshape(
+            -1, facts["dim"]
+        ),
+        ids=flat.map_texts(folder / "images.arrow"),
+        building_ids=flat.map_texts(folder / "buildings.arrow"),
         **_codes(folder),
     )
 
@@ -217,31 +215,9 @@ def writing_to(folder: Path, needed: int) -> Iterator[None]:
         ) from None
 
 
-def write_array(path: Path, array: NDArray[Any]) -> None:
-    """Write the bare numbers; the file's suffix says the dtype (see `DTYPES`)."""
-    with path.open("wb") as file:
-        file.write(np.ascontiguousarray(array, DTYPES[path.suffix[1:]]).data)
-
-
-def map_array(path: Path) -> NDArray[Any]:
-    """Map what `write_array` wrote, read-only and flat."""
-    return np.memmap(path, DTYPES[path.suffix[1:]], mode="r")
-
-
 def _codes(folder: Path) -> dict[str, Any]:
     names = ("building.i32", "by_building.i64", "starts.i64")
-    return {name.partition(".")[0]: map_array(folder / name) for name in names}
-
-
-def _map_texts(path: Path) -> pa.ChunkedArray:
-    return pa.ipc.open_file(pa.memory_map(str(path))).read_all().column(0)
-
-
-@contextlib.contextmanager
-def _text_writer(path: Path) -> Iterator[Callable[[pa.Array], None]]:
-    schema = pa.schema([("id", pa.large_string())])
-    with path.open("wb") as file, pa.ipc.new_file(file, schema) as writer:
-        yield lambda texts: writer.write_batch(pa.record_batch([texts], schema=schema))
+    return {name.partition(".")[0]: flat.map_array(folder / name) for name in names}
 
 
 # --- building --------------------------------------------------------------------------------
@@ -249,19 +225,23 @@ def _text_writer(path: Path) -> Iterator[Callable[[pa.Array], None]]:
 
 def _build(files: tuple[Path, ...], dim: int | None, aside: Path) -> dict[str, Any]:
     """Write the files of a store into `aside`. Ids come first: they are quick to find wrong."""
+    from tripletkit.data.embeddings import (
+        write_embeddings,  # with torch, which a reader may not need
+    )
+
     id_columns = parquet.image_id_columns(files[0])
     table = parquet.open_table(files, [*id_columns, BUILDING, EMBEDDING])
     width, dtype = parquet.embedding_width(table, dim)
     per_row = 2 * width + 64  # the ids and codes of a row are about 64 bytes
     with writing_to(aside.parent, table.total * per_row):
         _write_index(aside, table, id_columns)
-        written, why = _write_embeddings(aside, table, width, dtype)
+        written, why = write_embeddings(aside, table, width, dtype)
     logger.info(
         "%s: %s rows of %d numbers, kept as %s: %s",
-        _name(table),
+        table.name,
         f"{table.total:,}",
         width,
-        np.dtype(DTYPES[written]),
+        np.dtype(flat.DTYPES[written]),
         why,
     )
     return {
@@ -279,36 +259,38 @@ def _write_index(aside: Path, table: Table, id_columns: tuple[str, ...]) -> None
     per_row = aside / "building_of_rows.arrow"
     hashes = []
     with (
-        _text_writer(aside / "images.arrow") as add_image,
-        _text_writer(per_row) as add_building,
+        flat.text_writer(aside / "images.arrow") as add_image,
+        flat.text_writer(per_row) as add_building,
     ):
         for batch in parquet.batches(table, [*id_columns, BUILDING]):
             ids = parquet.image_ids(batch, id_columns)
             hashes.append(parquet.hash_texts(ids, "duplicates"))
             add_image(ids)
             add_building(parquet.text(batch, BUILDING))
-    _check_duplicates(table, np.concatenate(hashes), _map_texts(aside / "images.arrow"))
+    _check_duplicates(table, np.concatenate(hashes), flat.map_texts(aside / "images.arrow"))
 
-    encoded = _map_texts(per_row).dictionary_encode().unify_dictionaries()
+    encoded = flat.map_texts(per_row).dictionary_encode()  # all chunks have one dictionary
     building = np.concatenate([chunk.indices.to_numpy() for chunk in encoded.chunks])
     sizes = np.bincount(building)
     if sizes.max() < 2:
         raise DataError(
-            f"{_name(table)}: no building has two images, so there are no pairs to learn from",
+            f"{table.name}: no building has two images, so there are no pairs to learn from",
             hint=f"is {BUILDING!r} different for each row?",
         )
-    with _text_writer(aside / "buildings.arrow") as add:
+    with flat.text_writer(aside / "buildings.arrow") as add:
         add(encoded.chunk(0).dictionary)
-    write_array(aside / "building.i32", building)
-    write_array(aside / "by_building.i64", np.argsort(building, kind="stable"))
-    write_array(aside / "starts.i64", np.concatenate([[0], np.cumsum(sizes)]))
+    flat.write_array(aside / "building.i32", building)
+    flat.write_array(aside / "by_building.i64", np.argsort(building, kind="stable"))
+    flat.write_array(aside / "starts.i64", np.concatenate([[0], np.cumsum(sizes)]))
     per_row.unlink()
 
 
 def _check_duplicates(table: Table, hashes: NDArray[np.uint64], ids: pa.ChunkedArray) -> None:
     """Raise `DataError` naming images that occur twice. Equal hashes only make a suspect."""
+    ordered = np.sort(hashes)
+    if (ordered[1:] != ordered[:-1]).all():
+        return
     order = np.argsort(hashes, kind="stable")
-    ordered = hashes[order]
     same = np.flatnonzero(ordered[1:] == ordered[:-1])
     found = []
     for first, second in sorted(zip(order[same].tolist(), order[same + 1].tolist(), strict=True)):
@@ -320,61 +302,11 @@ def _check_duplicates(table: Table, hashes: NDArray[np.uint64], ids: pa.ChunkedA
             break
     if found:
         raise DataError(
-            f"{_name(table)}: {len(same):,} rows repeat an image id: {'; '.join(found)}",
+            f"{table.name}: {len(same):,} rows repeat an image id: {'; '.join(found)}",
             hint="each image may be there once",
         )
-
-
-def _write_embeddings(aside: Path, table: Table, width: int, dtype: Any) -> tuple[str, str]:
-    """Write the table as float16, or float32 if that would lose more than rounding.
-
-    Returns the suffix of the file and why it is that.
-    """
-    why = "the source has it" if dtype == np.float16 else "every value fits"
-    misfit = _stream(aside / "embeddings.f16", table, width, exact=dtype == np.float16)
-    if misfit is None:
-        return "f16", why
-    (aside / "embeddings.f16").unlink()
-    logger.info("%s: starting again in float32: %s", _name(table), misfit)
-    _stream(aside / "embeddings.f32", table, width, exact=False)
-    return "f32", misfit
-
-
-def _stream(path: Path, table: Table, width: int, *, exact: bool) -> str | None:
-    """Copy the vectors into `path`; stop and say why when float16 (by its name) cannot hold one."""
-    half = path.suffix == ".f16"
-    rows = max(1, parquet.BATCH_BYTES // (4 * width))
-    converted = np.empty((rows, width), DTYPES[path.suffix[1:]])
-    done = 0
-    with path.open("wb") as file, log.progress(table.total, f"caching {_name(table)}") as update:
-        for batch in parquet.batches(table, [EMBEDDING], rows):
-            values, peaks = parquet.vectors(batch, width)
-            if half and not exact:
-                for bad, what in (
-                    (peaks > HALF_MAX, "leaves the range of float16 (65504)"),
-                    ((peaks > 0) & (peaks < HALF_NORMAL), "is too small for float16 (6e-5)"),
-                ):
-                    if bad.any():
-                        return f"the vector in {batch.rows(bad)} of {batch.path.name} {what}"
-            elif not half and (peaks > FLOAT_MAX).any():
-                raise DataError(
-                    f"{batch.path}: column {EMBEDDING!r} leaves the range of float32 in "
-                    f"{batch.rows(peaks > FLOAT_MAX)}"
-                )
-            if values.dtype != converted.dtype:
-                np.copyto(converted[: len(values)], values, casting="same_kind")
-                values = converted[: len(values)]
-            file.write(values.data)
-            done += len(values)
-            update(done, f"caching {_name(table)}")
-    return None
 
 
 def _place(table: Table, row: int) -> str:
     path, row = table.locate(row)
     return f"{path.name} row {row}"
-
-
-def _name(table: Table) -> str:
-    first = table.files[0]
-    return str(first) if len(table.files) == 1 else f"{first.parent} ({len(table.files)} files)"

@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tripletkit import fsio, log
-from tripletkit.data.store import Store, cached, map_array, write_array
+from tripletkit.data.flat import map_array, write_array
+from tripletkit.data.store import Store, cached
 from tripletkit.errors import DataError
 from tripletkit.log import logger
 
