@@ -23,7 +23,7 @@ HOW_MUCH = ("time", "mem", "cpus_per_task", "mail_user", "mail_type")
 def options(stage: str, loaded: Config) -> list[str]:
     """The options for `stage`: an array of the study's workers, or one job."""
     slurm, logs = loaded.slurm, LogPaths(loaded.global_.log_dir)
-    count = loaded.tuning.workers if stage == "tune" else 1
+    count = resources.workers(loaded, loaded.tuning.total) if stage == "tune" else 1
     job = Job(stage, stages.job_name(stage, loaded, {}), slurm, logs.root, count)
     asked = resources.parameters(slurm)
     identity = "%A_%a" if stage == "tune" else "%j"

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import signal
 import socket
+from dataclasses import replace
 
 import optuna
 import pytest
@@ -246,3 +247,50 @@ def test_killed_within_its_turn_a_worker_blocks_nobody(tuning):
     assert process.exitcode == -signal.SIGKILL
     assert states(shared) == ["RUNNING"]
     assert claims.claim(shared, worker("7"), 9, nobody_asked).trial.number == 0
+
+
+# Several workers in one job
+
+
+def slot(number: int, job: str = "7", restart: int = 0) -> Worker:
+    return replace(worker(job, restart), slot=number)
+
+
+def test_another_slot_of_the_job_is_a_rival_that_lives(study):
+    first = claims.claim(study, slot(0), 2, all_are("running"))
+    second = claims.claim(study, slot(1), 2, all_are("running"))
+    assert second.trial.number != first.trial.number
+    assert second.owner["slot"] == 1
+    assert claims.claim(study, slot(2), 2, all_are("running")) is None
+    assert first.holds()
+    assert second.holds()
+
+
+def test_a_slot_that_is_started_again_goes_on_with_its_own_trial(study):
+    for number in range(3):
+        claims.claim(study, slot(number), 9, all_are("running"))
+    again = claims.claim(study, slot(1), 9, all_are("running"))
+    assert (again.trial.number, again.owner["attempt"]) == (1, 2)
+    requeued = claims.claim(study, slot(2, restart=1), 9, all_are("running"))
+    assert requeued.trial.number == 2
+
+
+def test_slots_of_a_job_that_is_gone_are_taken_by_others(study):
+    for number in range(2):
+        claims.claim(study, slot(number), 2, all_are("running"))
+
+    def states(jobs):
+        return {job: "gone" if job == "7" else "running" for job in jobs}
+
+    taken = [claims.claim(study, slot(number, job="8"), 2, states) for number in range(2)]
+    assert [claim.trial.number for claim in taken] == [0, 1]
+    assert all(claim.holds() for claim in taken)
+
+
+def test_a_mark_without_a_slot_is_that_of_slot_0(study):
+    """It was made by an earlier version."""
+    claim = claims.claim(study, worker("7"), 2, all_are("running"))
+    mark = {key: value for key, value in claim.owner.items() if key != "slot"}
+    claim.trial.set_user_attr(claims.OWNER, mark)
+    assert claims.claim(study, slot(1), 1, all_are("running")) is None
+    assert claims.claim(study, slot(0), 1, all_are("running")).trial.number == claim.trial.number

@@ -153,9 +153,9 @@ def here(tmp_path, database, capsys, monkeypatch) -> Site:
     return Site(tmp_path, database, capsys)
 
 
-def sign(shared: storage.SharedStudy, job: str) -> int:
+def sign(shared: storage.SharedStudy, job: str, slot: int = 0) -> int:
     """A new trial in work at this job, with a parameter and a report; its number."""
-    me = Worker(job=job, restart=0, host=socket.gethostname(), pid=1)
+    me = Worker(job=job, restart=0, host=socket.gethostname(), pid=1, slot=slot)
     found = claims.claim(shared, me, 999, lambda ids: dict.fromkeys(ids, "running"))
     found.trial.suggest_float("margin", 0.1, 1)
     found.trial.report(0.25, 1)
@@ -500,6 +500,16 @@ def test_a_process_of_another_host_is_cancelled_there(here):
         assert "local-17 runs on elsewhere" in said.err
         assert "cancel it there" in said.err
     assert states(here.shared) == ["RUNNING"]
+
+
+def test_with_a_trial_all_that_its_job_works_on_are_handed_back(here):
+    with Process(here, "tune:s") as worker:
+        for slot in range(3):
+            assert sign(here.shared, worker.id, slot) == slot
+        said = here.run("cancel", "trial:1")
+    assert said.code == 0
+    assert "its job ends, and trials 0, 1, 2 wait for another worker" in " ".join(said.err.split())
+    assert states(here.shared) == ["WAITING"] * 3
 
 
 def test_a_job_that_does_not_leave_keeps_its_trial(here, monkeypatch):

@@ -569,6 +569,15 @@ def test_workers_for_whom_a_server_is_tight_are_warned_of(small, tmp_path, caplo
     assert "connections" not in caplog.text
 
 
+def test_every_trial_at_once_of_a_worker_needs_room(small, tmp_path, caplog):
+    prepare(tmp_path, 4, trials_per_gpu=3, storage_url=small.url)
+    assert "and 4 workers with 3 trials at once use up to 24 at times" in caplog.text
+    announce(tmp_path / "db", small)
+    with pytest.raises(StorageError, match="too few for 4 workers with 4 trials at once") as error:
+        prepare(tmp_path, 4, trials_per_gpu=4, storage_path=tmp_path / "db")
+    assert f"`tripletkit db up {tmp_path / 'db'} --workers 16`" in error.value.hint
+
+
 @pytest.mark.parametrize("workers", [1, 48, 91, 500])
 def test_a_server_with_the_default_limit_has_room_for_hundreds(
     postgres, database, tmp_path, caplog, workers

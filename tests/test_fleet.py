@@ -71,6 +71,34 @@ def test_a_fleet_runs_exactly_the_total(slurm, tmp_path, kind, request):
     assert len(list(logs_of(config).glob("tune_*_*.out"))) == WORKERS
 
 
+def test_workers_with_several_trials_at_once_run_exactly_the_total(slurm, tmp_path):
+    config = fleet.write_config(tmp_path, tuning={"n_trials": 4, "max_epochs": 8})
+    fleet.tripletkit(
+        "tune", "-c", config, "--cluster", "slurm", "--account", ACCOUNT,
+        "--workers", "3", "--trials-per-gpu", "2",
+    )  # fmt: skip
+    fleet.wait_for_empty_queue(slurm, logs_of(config), deadline=240)
+    trials = trials_of(config)
+    assert [(t.number, t.state.name) for t in trials] == [(n, "COMPLETE") for n in range(4)]
+    for trial in trials:
+        paths = fleet.study_paths(config).trial(trial.number)
+        assert fleet.epochs(paths) == list(range(9))
+        assert len(fleet.attempts(paths)) == 1
+    logs = sorted(logs_of(config).glob("tune_*_*.err"))
+    assert len(logs) == 2, "two workers with two trials each are enough"
+    owners = [t.user_attrs[claims.OWNER] for t in trials]
+    assert {owner["slot"] for owner in owners} == {0, 1}
+    for log in logs:
+        job = log.stem.removeprefix("tune_")
+        said = log.read_text()
+        assert not re.search(r"error|traceback", said, re.IGNORECASE), said
+        assert all(
+            f"[job {job} slot {owner['slot']}] trial " in said
+            for owner in owners
+            if owner["job"] == job
+        )
+
+
 def running(config: Path, epoch: int) -> dict[str, optuna.trial.FrozenTrial]:
     """Trials in work that have reported this epoch, by job."""
     return {

@@ -3,6 +3,7 @@
 import contextlib
 import functools
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 import torch
 
 from tests import fleet
+from tests.cluster import Cluster
 from tests.test_loop import make_config
 from tests.toy import write_parquet
 from tests.worlds import clustered, near_and_far
@@ -28,32 +30,52 @@ from tripletkit.train import group
 from tripletkit.train.group import ALONE, Group
 from tripletkit.train.loop import Data, train
 
-
-def together(folder: Path, size: int, work, *arguments, should_stop=lambda: False) -> list:
-    """Run `work(group, *arguments, should_stop)` in `size` processes that form a group."""
-    environments = [
-        {
-            "RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank),
-            "GLOO_SOCKET_IFNAME": "lo",
-        }
-        for rank in range(size)
-    ]  # fmt: skip
-    call = functools.partial(
-        in_group, f"file://{folder}/rendezvous-{time.time_ns()}", work, arguments
-    )
-    return processes.run([call] * size, environments, should_stop=should_stop, together=True)
+# A server that has torch loaded and forks: a process starts in milliseconds.
+fork = multiprocessing.get_context("forkserver")
+fork.set_forkserver_preload(["tests.test_group", "tests.test_resume"])
 
 
-def in_group(rendezvous, work, arguments, should_stop):
+def environment(rank: int, size: int) -> dict[str, str]:
+    """What a launcher tells each process of a group."""
+    numbers = {"RANK": rank, "WORLD_SIZE": size, "LOCAL_RANK": rank}
+    return {**{name: str(n) for name, n in numbers.items()}, "GLOO_SOCKET_IFNAME": "lo"}
+
+
+def rendezvous(folder: Path) -> str:
+    """Where the processes of a new group meet."""
+    return f"file://{folder}/rendezvous-{time.time_ns()}"
+
+
+def together(folder: Path, size: int, work, *arguments) -> list:
+    """What `work(group, *arguments)` returns in each of `size` processes that form a group."""
+    results, call = fork.SimpleQueue(), (rendezvous(folder), work, arguments)
+    members = [
+        fork.Process(target=member, args=(rank, size, results, *call)) for rank in range(size)
+    ]
+    for each in members:
+        each.start()
+    for each in members:
+        each.join()
+    assert [each.exitcode for each in members] == [0] * size
+    returned = dict(results.get() for _ in members)
+    return [returned[rank] for rank in range(size)]
+
+
+def member(rank: int, size: int, results, *call) -> None:
+    os.environ |= environment(rank, size)
+    results.put((rank, in_group(*call)))
+
+
+def in_group(where, work, arguments, _should_stop=None):
     torch.set_num_threads(1)
-    with group.member(rendezvous=rendezvous) as us:
-        return work(us, *arguments, should_stop)
+    with group.member(rendezvous=where) as us:
+        return work(us, *arguments)
 
 
 # What they do together
 
 
-def exchange(us: Group, _stop) -> dict:
+def exchange(us: Group) -> dict:
     a, b = torch.tensor([1.0, 2.0]) * (us.rank + 1), torch.full((2, 1), float(us.rank))
     us.add(a, b)
     rows = torch.arange(10).reshape(5, 2)
@@ -89,7 +111,7 @@ def test_shares_cover_everything_once_and_differ_by_one_at_most():
 
 
 def test_alone_nothing_is_exchanged():
-    result = exchange(ALONE, None)
+    result = exchange(ALONE)
     assert result["sums"] == ([1.0, 2.0], [[0.0], [0.0]])
     assert result["any"] == [False, False, True]
     assert (result["first"], result["all"]) == ({"from": 0}, [0])
@@ -103,14 +125,14 @@ def world() -> Data:
     return Data(store, near_and_far(store), val, near_and_far(val))
 
 
-def train_all(us: Group, folder: Path, cases: list[dict], should_stop) -> list:
+def train_all(us: Group, folder: Path, cases: list[dict]) -> list:
     results = []
     for number, case in enumerate(cases):
         paths = run_paths(folder / str(number))
         config = configuration.with_values(
             make_config(paths, **case), training_model={"dropout": 0.0}
         )
-        results.append(train(config, world(), paths, should_stop=should_stop, group=us))
+        results.append(train(config, world(), paths, group=us))
     return results
 
 
@@ -128,7 +150,7 @@ def alone(tmp_path_factory):
     folder = tmp_path_factory.mktemp("alone")
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    results = train_all(ALONE, folder, CASES, lambda: False)
+    results = train_all(ALONE, folder, CASES)
     torch.set_num_threads(threads)
     return folder, results
 
@@ -165,7 +187,7 @@ def test_a_group_gets_the_result_of_one_process(tmp_path, alone, size):
         )
 
 
-def stop_on_one(us: Group, folder: Path, after: int, should_stop) -> tuple[str, int]:
+def stop_on_one(us: Group, folder: Path, after: int) -> tuple[str, int]:
     """Only the last rank is asked to stop, after so many steps."""
     paths, asked = run_paths(folder / "run"), iter(range(10**9))
 
@@ -180,7 +202,7 @@ def test_all_stop_when_one_is_asked_to_and_another_number_of_them_goes_on(tmp_pa
     assert together(tmp_path, 3, stop_on_one, tmp_path, 0) == 3 * [("stopped", 0)]
     first = together(tmp_path, 2, stop_on_one, tmp_path, 1)
     assert first[0] == first[1]
-    (last,) = [stop_on_one(ALONE, tmp_path, 10**9, None)]
+    (last,) = [stop_on_one(ALONE, tmp_path, 10**9)]
     assert last[0] == "finished"
     whole = run_paths(tmp_path / "whole")
     train(make_config(whole), world(), whole)
@@ -191,13 +213,20 @@ def test_all_stop_when_one_is_asked_to_and_another_number_of_them_goes_on(tmp_pa
 # When something goes wrong
 
 
-def fail_on_one(us: Group, _stop) -> None:
+def run_two(folder: Path, work) -> None:
+    """Have a job run `work(group)` in two processes."""
+    call = functools.partial(in_group, rendezvous(folder), work, ())
+    environments = [environment(rank, 2) for rank in range(2)]
+    processes.run([call] * 2, environments, should_stop=lambda: False, together=True)
+
+
+def fail_on_one(us: Group) -> None:
     if us.rank == 1:
         raise DataError("row 7 is bad", hint="mend it")
     us.any(False)  # waits for the other for ever
 
 
-def die_on_one(us: Group, _stop) -> None:
+def die_on_one(us: Group) -> None:
     if us.rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
     us.any(False)
@@ -205,13 +234,13 @@ def die_on_one(us: Group, _stop) -> None:
 
 def test_one_that_fails_ends_all_with_its_error(tmp_path):
     with pytest.raises(DataError, match="row 7 is bad") as error:
-        together(tmp_path, 2, fail_on_one)
+        run_two(tmp_path, fail_on_one)
     assert error.value.hint == "mend it"
 
 
 def test_one_that_is_killed_ends_all_and_is_named(tmp_path):
     with pytest.raises(RunError, match=r"process 1 of this job died \(SIGKILL\)") as error:
-        together(tmp_path, 2, die_on_one)
+        run_two(tmp_path, die_on_one)
     assert "slurm.mem" in (error.value.hint or "")
 
 
@@ -276,12 +305,12 @@ def test_on_slurm_a_job_uses_all_its_gpus_and_goes_on_after_a_requeue(slurm, tmp
     job = output.split("slurm job ")[1].split()[0]
     paths = run_paths(tmp_path / "checkpoints")
     fleet.until(paths.best.exists, lambda: slurm.run("squeue"), deadline=120)
-    assert ranks_of(job) == 2
+    assert ranks_of(job, slurm) == 2
     slurm.run("scancel", "--signal=USR2", f"{job}.0")
     fleet.until(paths.final.exists, lambda: slurm.run("squeue"), deadline=180)
     fleet.wait_for_empty_queue(slurm, tmp_path / "logs", deadline=60)
     assert "resuming from" in paths.log.read_text()
-    assert ranks_of(job) == 0
+    assert ranks_of(job, slurm) == 0
     whole = run_paths(tmp_path / "whole")
     fleet.tripletkit(
         "train", "-c", config, "--set", f"paths.checkpoint_dir={whole.root}", "--gpus", "0",
@@ -292,11 +321,15 @@ def test_on_slurm_a_job_uses_all_its_gpus_and_goes_on_after_a_requeue(slurm, tmp
     np.testing.assert_allclose(numbers(paths.metrics), numbers(whole.metrics), atol=0.02)
 
 
-def ranks_of(job: str) -> int:
-    """Processes that train for this job, beside the one that waits for them."""
+def ranks_of(job: str, slurm: Cluster) -> int:
+    """Processes that train for this job, beside the one that waits for them.
+
+    Another cluster on this machine may have a job of the same number.
+    """
     count = 0
-    for process in psutil.process_iter():
+    for number in slurm.processes():
         with contextlib.suppress(psutil.Error):
+            process = psutil.Process(number)
             ours = process.environ().get("SLURM_JOB_ID") == job
             count += ours and any("spawn_main" in word for word in process.cmdline())
     return count

@@ -18,7 +18,7 @@ from tripletkit.train.loop import Data, train
 
 # A server that has torch loaded and forks: a process starts in milliseconds.
 fork = multiprocessing.get_context("forkserver")
-fork.set_forkserver_preload(["tests.test_resume"])
+fork.set_forkserver_preload(["tests.test_group", "tests.test_resume"])
 
 
 def make_config(paths: RunPaths, **training) -> configuration.Config:

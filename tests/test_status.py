@@ -284,6 +284,22 @@ def test_the_time_that_is_left_is_that_of_the_finished_trials(config, shared, li
         assert left() == pytest.approx(3000, abs=30), "another study's worker does not help"
 
 
+def test_a_worker_may_work_on_several_trials(config, shared, living, run):
+    for _ in range(3):
+        finished(shared, 600)
+    for slot in range(3):
+        me = Worker(living, 0, HOST, 1, slot)
+        claims.claim(shared, me, 99, lambda ids: dict.fromkeys(ids, "running"))
+    seen = run(config, "status", "--json").json
+    (job,) = seen["jobs"]
+    assert (job["id"], job["trials"]) == (living, [3, 4, 5])
+    assert seen["study"]["workers"] == 1
+    # 3 have just begun and 3 are to come: 600 s each, three at a time.
+    assert seen["study"]["seconds_left"] == pytest.approx(1200, abs=30)
+    rows = run(config, "status").trials
+    assert [rows[number][:3] for number in (3, 4, 5)] == [["RUNNING", living, "RUNNING"]] * 3
+
+
 def test_nobody_knows_what_is_left_without_workers_or_after_the_end(config, shared, run):
     for _ in range(8):
         finished(shared)

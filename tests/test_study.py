@@ -7,7 +7,7 @@ import pytest
 
 from tests.test_tune_worker import config, files, me, prepare, trials_of  # noqa: F401 - fixtures
 from tripletkit import config as configuration
-from tripletkit import stages
+from tripletkit import slots, stages
 from tripletkit.config import Config, FloatRange
 from tripletkit.errors import ConfigError
 from tripletkit.paths import StudyPaths
@@ -192,19 +192,21 @@ def test_a_continued_study_proposes_new_parameters_and_the_same_each_time(config
     assert parameters(again, 1, 2) == found
 
 
-def test_workers_of_all_arrays_and_starts_have_different_seeds(config, monkeypatch):  # noqa: F811
+def test_workers_of_all_arrays_starts_and_slots_have_different_seeds(config, monkeypatch):  # noqa: F811
     seeds = [
-        stages._worker_seed(config, job, begun)
+        slots._seed(config, job, slot, begun)
         for job in ("100_0", "100_1", "101_0", "102", "local-1")
+        for slot in range(3)
         for begun in (0, 3)
     ]
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    seeds.append(stages._worker_seed(config, "100_0", 0))
+    seeds.append(slots._seed(config, "100_0", 0, 0))
     assert len(set(seeds)) == len(seeds)
 
 
-def test_a_worker_in_the_background_is_one_of_several(config, monkeypatch):  # noqa: F811
+def test_only_a_worker_in_the_foreground_is_reproducible(monkeypatch):
     job = f"local-{os.getpid()}"
-    alone = stages._worker_seed(config, job, 0)
+    assert slots._name(job) == "0"
+    assert slots._name("100_0") == "100_0"
     monkeypatch.setenv("SUBMITIT_LOCAL_JOB_ID", str(os.getpid()))
-    assert stages._worker_seed(config, job, 0) != alone
+    assert slots._name(job) == job

@@ -578,6 +578,25 @@ def test_a_trial_killed_again_and_again_is_explained_by_its_last_job():
     assert diagnose(trial, ended(runs=(RAN._replace(exit_code="9:0"),))).kind == "killed"
 
 
+def test_a_trial_may_be_killed_again_and_again_while_its_job_goes_on():
+    """It was one process of several."""
+    cause = {"kind": "killed", "message": "killed 3 times without getting further"}
+    trial = TRIAL._replace(state="FAIL", cause=cause, attempts=[ATTEMPT])
+    found = diagnose(trial, ended(state="running"))
+    assert found.kind == "killed"
+    assert found.summary == "trial 3 failed: killed 3 times without getting further"
+    assert "--mem" in found.remedy
+
+
+def test_of_several_trials_on_a_gpu_fewer_need_less_of_its_memory():
+    cause = {"kind": "cuda_oom", "message": "CUDA out of memory"}
+    trial = TRIAL._replace(state="FAIL", cause=cause, batch_size=256)
+    assert "--trials-per-gpu" not in diagnose(trial, None).remedy
+    assert diagnose(trial._replace(per_gpu=4), None).remedy.startswith(
+        "--trials-per-gpu 3, or --set"
+    )
+
+
 def test_a_trial_that_waits_says_what_its_last_worker_met():
     record = jobs.Record(**{**RECORD.__dict__, "ended": "x", "exit_code": 5, "message": "db: away"})
     attempt = {**ATTEMPT, "outcome": "stopped", "message": "db: away"}

@@ -13,6 +13,8 @@ from rich.console import Console
 
 logger = logging.getLogger("tripletkit")
 
+SLOT = "TRIPLETKIT_SLOT"  # in the environment of a process of a worker that has several
+
 # Results go to stdout, everything else to stderr, so that output can be piped.
 out = Console(highlight=False, markup=False)
 err = Console(stderr=True, highlight=False)
@@ -104,7 +106,7 @@ def _plain() -> logging.Formatter:
 
 
 def _prefix() -> str:
-    """`[job 12_3 rank 1] `, from what Slurm and torchrun put into the environment."""
+    """`[job 12_3 slot 1] `, from what Slurm, torchrun and slots.py put into the environment."""
     env = os.environ
     job = env.get("SLURM_ARRAY_JOB_ID", env.get("SLURM_JOB_ID"))
     parts = []
@@ -113,4 +115,6 @@ def _prefix() -> str:
         parts.append(f"job {job}_{task}" if task else f"job {job}")
     if int(env.get("WORLD_SIZE", "1")) > 1:
         parts.append(f"rank {env.get('RANK', '0')}")
+    if SLOT in env:
+        parts.append(f"slot {env[SLOT]}")
     return f"[{' '.join(parts)}] " if parts else ""

@@ -57,6 +57,8 @@ def run(
                 if each.killed and each.starts <= restarts and not told:
                     logger.warning("%s: starting it again", each.error)
                     each.start()
+                elif each.error is not None and not together:  # the end may be hours away
+                    logger.error("process %d of this job ended: %s", each.number, each.error)
             if together and (error := _first_error(family)) is not None:
                 raise error
         if (error := _first_error(family)) is not None:

@@ -4,21 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
-import os
-import socket
 import tempfile
-import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tripletkit import fsio, inputs, log, processes
+from tripletkit import inputs, log, processes
 from tripletkit.cluster import resources
 from tripletkit.config import Config
-from tripletkit.errors import DONE, ConfigError, DataError, Interrupted, StorageAway
+from tripletkit.errors import DONE, ConfigError, DataError, Interrupted
 from tripletkit.log import logger
 from tripletkit.paths import LogPaths, StudyPaths, run_paths
 
@@ -109,32 +105,9 @@ def train_in_group(rendezvous: str, config: Config, should_stop: Callable[[], bo
 
 def tune(config: Config, should_stop: Callable[[], bool]) -> int:
     """Work on the study's trials until there is nothing left to do."""
-    from tripletkit.cluster import jobs
-    from tripletkit.tune import storage, worker
-    from tripletkit.tune.claims import Worker
+    from tripletkit import slots
 
-    logs, job = LogPaths(config.global_.log_dir), jobs.current_job()
-    me = Worker(job, jobs.restart_count(), socket.gethostname(), os.getpid())
-    deadline = jobs.deadline(job)
-    shared = storage.open_study(
-        config.tuning,
-        seed=0,
-        workers=config.tuning.workers,
-        should_stop=should_stop,
-    )
-    begun = len(shared.study.get_trials(deepcopy=False))
-    storage.reseed(shared, config.tuning, _worker_seed(config, job, begun))
-    surroundings = worker.Surroundings(
-        load_data=inputs.remembering(inputs.training_data),
-        job_states=lambda ids: jobs.states(logs, ids),
-        should_stop=should_stop,
-        seconds_left=lambda: math.inf if deadline is None else deadline - time.time(),
-    )
-    try:
-        summary = worker.run(shared, config, study_paths(config), me, surroundings)
-    except StorageAway as error:
-        error.progress = True  # it was there when we came
-        raise
+    summary = slots.run(config, study_paths(config), should_stop)
     counts = Counter(summary.ended)
     did = ", ".join(f"{count} {outcome}" for outcome, count in counts.items()) or "none"
     log.out.print(f"study {config.tuning.study_name}; trials of this worker: {did}")
@@ -185,18 +158,6 @@ def serve_database(
             f"the database in {folder} was stopped", hint="`tripletkit db up` starts it"
         )
     return DONE
-
-
-def _worker_seed(config: Config, job: str, begun: int) -> int:
-    """Different for every worker and start, else they would all propose the same parameters.
-
-    `begun`: the trials that there are, which a study that is continued would propose again.
-    """
-    background = "SUBMITIT_LOCAL_JOB_ID" in os.environ
-    if job == f"local-{os.getpid()}" and not background:  # the only worker: reproducible
-        job = "0"
-    restart = os.environ.get("SLURM_RESTART_COUNT", "0")
-    return int(fsio.digest([str(config.global_.seed), job, restart, str(begun)]), 16) % 2**31
 
 
 def evaluate(config: Config, *, split: str, checkpoint: Path | str | None, as_json: bool) -> int:

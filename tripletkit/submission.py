@@ -58,7 +58,7 @@ def tune(config: Config, cluster: Cluster | None, *, prepare: bool, dry_run: boo
     cluster = cluster or _default_cluster()
     _check_dry_run(cluster, dry_run)
     paths, tuning = stages.study_paths(config), config.tuning
-    job = _job("tune", config, count=tuning.workers)
+    job = _job("tune", config, count=resources.workers(config, tuning.total))
     inputs.check_files(config)
     if cluster == "slurm":
         study.check_reach(tuning, queue.node_hosts())
@@ -79,7 +79,7 @@ def tune(config: Config, cluster: Cluster | None, *, prepare: bool, dry_run: boo
     if left == 0:
         log.out.print("for more of them raise --n-trials, the total of the study")
         return DONE
-    job = replace(job, count=min(tuning.workers, left))
+    job = replace(job, count=resources.workers(config, left))
     if cluster == "here":
         return _here("tune", configuration.load(paths.config, environ={}), {})
     sent = _submit(job, paths.config, {}, cluster)
@@ -137,15 +137,16 @@ def find_best(config: Config, source: str, number: int | None) -> Best:
 
 
 def start_database(
-    config: Config, folder: Path, cluster: Cluster, *, workers: int, asked: Collection[str]
+    config: Config, folder: Path, cluster: Cluster, *, workers: int | None, asked: Collection[str]
 ) -> int:
-    """Start a PostgreSQL in `folder` and wait until it answers.
+    """Start a PostgreSQL in `folder` and wait until it answers; for so many processes of workers.
 
     `asked`: the keys of [slurm] that the user gave for it; the others are about the workers.
     """
     from tripletkit.tune import database
 
-    options = {"folder": str(folder), "max_connections": database.max_connections_for(workers)}
+    most = database.max_connections_for(workers or config.tuning.workers * resources.slots(config))
+    options = {"folder": str(folder), "max_connections": most}
     if (now := database.status(folder)).state == "up":
         log.out.print(f"PostgreSQL is {now}", soft_wrap=True)
         return DONE

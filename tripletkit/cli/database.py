@@ -35,7 +35,7 @@ def up(
     config: ConfigFile = None,
     overrides: Overrides = None,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Workers that it must serve; default: of [tuning].")
+        int | None, typer.Option(min=1, help="Processes that it must serve; default: of [tuning].")
     ] = None,
     cluster: OnCluster = "local",
 ) -> None:
@@ -48,7 +48,7 @@ def up(
             loaded,
             folder.absolute(),
             cluster,
-            workers=workers or loaded.tuning.workers,
+            workers=workers,
             asked={text.partition("=")[0].removeprefix("slurm.") for text in overrides or ()},
         )
     )

@@ -27,6 +27,7 @@ TUNING_FLAGS = {
     "output_dir": "Holds a folder per study, and in it one per trial.",
     "workers": "Workers that share the study.",
     "trials_per_worker": "Trials of a worker on average.",
+    "trials_per_gpu": "Trials at once on each GPU of a worker.",
     "n_trials": "Exact total of the study instead of workers * trials per worker.",
     "max_epochs": "Epochs of one trial.",
     "objective": "What a trial is judged by: val_loss, recall@K, map@r, mrr, r_precision.",

@@ -251,7 +251,7 @@ def _start_here(job: Job, call: Call, folder: Path, umask: str) -> list[str]:
     jobs = []
     for index in range(min(job.count, job.slurm.max_concurrent or job.count)):
         executor = Background(own)
-        executor.update_parameters(**_devices(index, job.slurm.gpus))
+        executor.update_parameters(**_devices(index, resources.gpus(job.slurm)))
         jobs.append(f"local-{executor.submit(call).job_id}")
     return jobs
 

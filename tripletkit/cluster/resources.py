@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tripletkit.cluster import queue
-from tripletkit.config import Slurm
+from tripletkit.config import Config, Slurm
 from tripletkit.errors import ClusterError, ConfigError
 
 SHORT = 600  # seconds; below, a job hardly starts before it has to save its state
@@ -60,6 +60,16 @@ def gpus(slurm: Slurm) -> int:
         return slurm.gpus
     found = re.match(r"gpu(?::[^:,()]*[^:,()\d][^:,()]*)?(?::(\d+))?(?=$|[,(])", slurm.gres)
     return int(found[1] or 1) if found else 0
+
+
+def slots(config: Config) -> int:
+    """Trials that one worker of the study trains at once."""
+    return max(1, gpus(config.slurm)) * config.tuning.trials_per_gpu
+
+
+def workers(config: Config, trials: int) -> int:
+    """How many workers to start for so many trials: no more than they keep busy."""
+    return min(config.tuning.workers, -(-trials // slots(config)))
 
 
 def parameters(slurm: Slurm) -> dict[str, Any]:

@@ -179,7 +179,9 @@ class Training(Section):
         "auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description='"auto", "cpu" or "cuda".'
     )
     precision: Literal["auto", "fp32", "bf16"] = Field(
-        "auto", description="auto: bf16 on a GPU that has it, else fp32. Loss and norms stay fp32."
+        "auto",
+        description="auto: bf16 where the hardware is faster with it (GPUs; CPUs with AMX), else fp32. "
+        "Loss and norms stay fp32.",
     )
     placement: Literal["auto", "device", "host"] = Field(
         "auto",
@@ -306,6 +308,11 @@ class Tuning(Section):
     workers: int = Field(1, ge=1, description="Workers that share the study.")
     trials_per_worker: int = Field(
         1, ge=1, description="Trials of a worker on average: whoever is free takes the next one."
+    )
+    trials_per_gpu: int = Field(
+        1,
+        ge=1,
+        description="Trials at once on each GPU of a worker; without a GPU, on its cores.",
     )
     n_trials: int = Field(
         0, ge=0, description="Exact total of the study; 0 means workers * trials_per_worker."

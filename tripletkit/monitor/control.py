@@ -24,6 +24,7 @@ from tripletkit.monitor.inventory import (
     Job,
     is_on_this_host,
     of_study,
+    owner,
     spans,
 )
 from tripletkit.monitor.status import study_of
@@ -174,9 +175,14 @@ def _is_in_work(target: Target) -> bool:
     if trials and trials[0].state.name != "RUNNING":
         _say(f"{target} is {trials[0].state.name}: no job works on it")
         return False
+    numbers = [
+        str(each.number)
+        for each in target.inventory.trials() or ()
+        if trials and each.state.name == "RUNNING" and owner(each) == owner(trials[0])
+    ]
+    who = f"trials {', '.join(numbers)} wait" if len(numbers) > 1 else f"{target} waits"
     logger.info(
-        "a worker takes one trial after another: its job ends, and %s waits for another worker",
-        target,
+        "a worker takes one trial after another: its job ends, and %s for another worker", who
     )
     return True
 

@@ -184,7 +184,7 @@ def _of_failed(trial: TrialFacts, job: JobFacts | None) -> Diagnosis:
     if kind == "killed" and job is not None:  # by what, Slurm may know
         found = _of_job(job)
         said += found.evidence
-        if found.kind != "complete":
+        if found.kind not in ("complete", "running", "silent"):  # else a process of it was
             kind, words = found.kind, f"{words}: job {job.id} {found.words}"
     return Diagnosis(
         kind,

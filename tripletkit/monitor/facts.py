@@ -68,6 +68,7 @@ class TrialFacts(NamedTuple):
     reports: Mapping[int, float] = {}
     params: Mapping[str, Any] = {}
     batch_size: int | None = None
+    per_gpu: int = 1  # trials at once on its GPU
     attempts: Sequence[Mapping[str, Any]] = ()
     pruned_by: str = ""  # the values that decided
     message: str = ""

@@ -102,6 +102,8 @@ def _gpu_memory(trial: TrialFacts | None, _: JobFacts | None) -> str:
         half = max(1, trial.batch_size // 2)
         tuned = "batch_size" in trial.params
         flag = f"--set {'tuning.space.batch_size.high' if tuned else 'training.batch_size'}={half}"
+    if trial is not None and trial.per_gpu > 1:
+        flag = f"--trials-per-gpu {trial.per_gpu - 1}, or {flag}"
     return f"{flag}, or --set training.placement=host, which keeps the embeddings off the GPU"
 
 

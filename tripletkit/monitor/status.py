@@ -146,9 +146,9 @@ def study_of(inventory: Inventory, trials: Sequence[FrozenTrial], jobs: Iterable
     """The study as a whole; `jobs` say who works on it."""
     tuning, total = inventory.config.tuning, inventory.total()
     counts = Counter(trial.state for trial in trials)
-    workers = sum(
-        job.name == f"tune:{inventory.study_name}" and job.state == "RUNNING" for job in jobs
-    )
+    name = f"tune:{inventory.study_name}"
+    workers = {job.id for job in jobs if job.name == name and job.state == "RUNNING"}
+    in_work = sum(t.state == TrialState.RUNNING and owner(t) in workers for t in trials)
     return Study(
         name=inventory.study_name,
         storage=storage.location(tuning),
@@ -158,8 +158,9 @@ def study_of(inventory: Inventory, trials: Sequence[FrozenTrial], jobs: Iterable
         max_epochs=tuning.max_epochs,
         states={state.name: counts[state] for state in STATES},
         best=_best(trials, storage.direction(tuning.objective)),
-        workers=workers,
-        seconds_left=_seconds_left(trials, total, workers),
+        workers=len(workers),
+        # Some work on several trials at once.
+        seconds_left=_seconds_left(trials, total, max(len(workers), in_work)),
     )
 
 
@@ -182,18 +183,18 @@ def _extreme(direction: str) -> Callable[..., Any]:
     return max if direction == "maximize" else min
 
 
-def _seconds_left(trials: Sequence[FrozenTrial], total: int, workers: int) -> float | None:
-    """As long as a trial took on average, for what is left, by the workers that run now."""
+def _seconds_left(trials: Sequence[FrozenTrial], total: int, at_once: int) -> float | None:
+    """As long as a trial took on average, for what is left, so many at once."""
     done = [t for t in trials if t.state.is_finished()]
     took = [t.duration.total_seconds() for t in done if t.state != TrialState.FAIL and t.duration]
-    if not workers or len(took) < PACE or len(done) >= total:
+    if not at_once or len(took) < PACE or len(done) >= total:
         return None
     mean = sum(took) / len(took)
     running = [
         max(mean - _seconds(t, time.time()), 0.0) for t in trials if t.state == TrialState.RUNNING
     ]
     untouched = max(total - len(done) - len(running), 0)
-    return max((sum(running) + untouched * mean) / workers, max(running, default=0.0))
+    return max((sum(running) + untouched * mean) / at_once, max(running, default=0.0))
 
 
 def _newest(trials: Sequence[FrozenTrial], room: Room | None) -> list[FrozenTrial]:

@@ -105,15 +105,16 @@ def trial_facts(inventory: Inventory, number: int) -> TrialFacts:
     paths, tuning = inventory.paths.trial(number), inventory.config.tuning
     ran = None
     if paths.config.exists():
-        ran = configuration.load(paths.config, environ={}).training
+        ran = configuration.load(paths.config, environ={})
     facts = TrialFacts(
         number=number,
         state="",
         objective=tuning.objective,
         folder=str(paths.root),
-        epochs=ran.num_epochs if ran else tuning.max_epochs,
+        epochs=ran.training.num_epochs if ran else tuning.max_epochs,
         workers=len(workers(inventory)),
-        batch_size=ran.batch_size if ran else None,
+        batch_size=ran.training.batch_size if ran else None,
+        per_gpu=ran.tuning.trials_per_gpu if ran else 1,
         attempts=attempts.read(paths.attempts),
     )
     try:

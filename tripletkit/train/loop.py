@@ -17,7 +17,7 @@ from tripletkit import fsio, log
 from tripletkit.config import Config
 from tripletkit.data.bands import Bands
 from tripletkit.data.store import Store
-from tripletkit.device import choose_device, choose_precision, make_deterministic, put
+from tripletkit.device import choose_device, choose_precision, make_deterministic
 from tripletkit.errors import ConfigError, DivergedError, RunError
 from tripletkit.log import logger
 from tripletkit.paths import RunPaths
@@ -28,7 +28,7 @@ from tripletkit.train.group import ALONE, Group
 from tripletkit.train.head import Head
 from tripletkit.train.init import linear_start
 from tripletkit.train.placement import choose_placement
-from tripletkit.train.sampler import TripletIndex
+from tripletkit.train.resident import Resident, load, sample_key
 from tripletkit.train.state import Pieces, Progress
 from tripletkit.train.step import LOSS, PULLS, REWARD, VIOLATIONS, DeviceStep, HostStep, Learner
 from tripletkit.train.trackers import MetricsFile, Tracker, open_trackers
@@ -41,12 +41,13 @@ Report = Callable[[int, Mapping[str, float]], None]
 
 @dataclass(frozen=True)
 class Data:
-    """What a run trains on and validates with."""
+    """What a run trains on and validates with; `resident` is what of it is on the device already."""
 
     train: Store
     bands: Bands | None = None
     val: Store | None = None
     val_bands: Bands | None = None
+    resident: Resident | None = None
 
 
 @dataclass(frozen=True)
@@ -138,12 +139,16 @@ def assemble(config: Config, data: Data, *, fresh: bool, group: Group = ALONE) -
         )
     head.to(device)
 
-    resident = choose_placement(section.placement, data.train, device) == "device"
-    home = device if resident else torch.device("cpu")
-    index = TripletIndex(data.train, data.bands, home)
-    bandit = Bandit(section, index.bands, home)
+    there = data.resident
+    if there is not None and not there.serves(section.placement, data.train, device):
+        there = None
+    on_device = there or choose_placement(section.placement, data.train, device) == "device"
+    home = device if on_device else torch.device("cpu")
+    resident = load(data.train, data.bands, home, there)
+    bandit = Bandit(section, resident.index.bands, home)
     learner = Learner(head, section, bandit, precision, group)
-    step = (DeviceStep if resident else HostStep)(learner, index, put(data.train.embeddings, home))
+    kind = DeviceStep if on_device else HostStep
+    step = kind(learner, resident.index, resident.table)
     evaluation = None
     if data.val is not None:
         evaluation = Evaluation(
@@ -161,9 +166,9 @@ def assemble(config: Config, data: Data, *, fresh: bool, group: Group = ALONE) -
         config=config,
         model_section=model_section,
         fingerprints={
-            "training embeddings": _fingerprint(data.train),
+            "training embeddings": sample_key(data.train),
             "difficulty bands": data.bands.key if data.bands else "",
-            "validation embeddings": _fingerprint(data.val) if data.val else "",
+            "validation embeddings": sample_key(data.val) if data.val else "",
         },
         bandit=bandit,
         learner=learner,
@@ -378,13 +383,6 @@ class _Run:
             best_metrics=progress.best_metrics,
             best_epoch=progress.best_epoch,
         )
-
-
-def _fingerprint(store: Store) -> str:
-    """The key of the embeddings, and of the buildings chosen if the store is a sample."""
-    if len(store.by_building) == len(store.building):
-        return store.fingerprint
-    return fsio.digest([store.fingerprint, store.by_building.tobytes()])
 
 
 def _check_sampler(sampler: str, bands: Bands | None) -> None:

@@ -33,12 +33,13 @@ Owners = Mapping[int, Mapping[str, Any]]  # of trials, by number
 
 @dataclass(frozen=True)
 class Worker:
-    """A worker process. `job` stays the same when the job is requeued."""
+    """A worker process. `job` and `slot` stay the same when the job is requeued."""
 
     job: str
     restart: int
     host: str
     pid: int
+    slot: int = 0  # which of the processes of the job
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def owner(trial: FrozenTrial) -> dict[str, Any] | None:
 def claim(shared: SharedStudy, worker: Worker, total: int, job_states: JobStates) -> Claim | None:
     """The next trial for this worker, or None when nothing is left to do.
 
-    In this order: what this job worked on before it was requeued; trials whose job is gone;
+    In this order: what this worker worked on before it was killed or requeued; trials whose job is gone;
     trials that were handed back; a new one while there are fewer than `total`; at last, trials
     whose job was requeued and has not come back yet.
     """
@@ -133,13 +134,17 @@ def _take(shared: SharedStudy, worker: Worker, trial: optuna.Trial) -> Claim:
 
 
 def _is_ours(mark: Mapping[str, Any], worker: Worker) -> bool:
-    """Whether our job made this mark. Background processes are numbered by each host anew."""
+    """Whether we made this mark, maybe in a former life of our process or job.
+
+    Background processes are numbered by each host anew.
+    """
     same_host = mark["host"] == worker.host or not worker.job.startswith(LOCAL)
-    return bool(mark["job"] == worker.job and same_host)
+    slot = mark.get("slot", 0)
+    return bool(mark["job"] == worker.job and slot == worker.slot and same_host)
 
 
 def _rivals(shared: SharedStudy, worker: Worker) -> Owners:
-    """Trials in work at other jobs, and their owners."""
+    """Trials in work at other workers, also those of our job, and their owners."""
     running = shared.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
     return {
         t.number: found

@@ -113,13 +113,14 @@ class Server:
         pool = {"pool_size": 1, "max_overflow": 2, "pool_pre_ping": True}
         return {"creator": self._connect_in_turn, **pool}
 
-    def check_room(self, workers: int, at_once: int) -> None:
+    def check_room(self, workers: int, at_once: int, slots: int = 1) -> None:
         """That the server has connections for so many workers, of whom `at_once` run at a time.
 
-        Warns if some will have to wait for one. Raises StorageError.
+        Each of them has `slots` processes. Warns if some will have to wait for a connection. Raises
+        StorageError.
         """
-        held = at_once if workers <= POOLED_WORKERS else 0
-        used = held + min(at_once, POOLED_WORKERS)
+        held = at_once * slots if workers * slots <= POOLED_WORKERS else 0
+        used = held + min(at_once * slots, POOLED_WORKERS)
         allowed = self._retry(self._allowed)
         if allowed >= used:
             return
@@ -128,18 +129,19 @@ class Server:
             folder = self._tuning.storage_path
             hint = (
                 f"`tripletkit db down {folder}`, then `tripletkit db up {folder} --workers "
-                f"{workers}` with your other flags"
+                f"{workers * slots}` with your other flags"
             )
         hint += ", or let fewer workers run at once (--max-concurrent)"
+        who = f"{at_once} workers" + (f" with {slots} trials at once" if slots > 1 else "")
         if allowed < held + SPARE:
             raise StorageError(
-                f"{where} allows {allowed} connections, too few for {at_once} workers: they hold "
+                f"{where} allows {allowed} connections, too few for {who}: they hold "
                 f"{held} and use up to {used} at times",
                 hint=hint,
             )
         logger.warning(
-            "%s allows %d connections, and %d workers use up to %d at times: some will have to "
-            "wait; %s", where, allowed, at_once, used, hint,
+            "%s allows %d connections, and %s use up to %d at times: some will have to "
+            "wait; %s", where, allowed, who, used, hint,
         )  # fmt: skip
 
     def _allowed(self) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tripletkit import config as configuration
 from tripletkit import fsio
+from tripletkit.cluster import resources
 from tripletkit.config import Choice, Config, Tuning
 from tripletkit.errors import ConfigError, StorageError
 from tripletkit.log import logger
@@ -92,7 +93,7 @@ def _check_room(config: Config) -> None:
     if storage.kind_of(tuning) == "postgresql":
         server = postgresql.Server(tuning, Retry(storage.location(tuning), storage.LAUNCH_PATIENCE))
         at_once = min(tuning.workers, config.slurm.max_concurrent or tuning.workers)
-        server.check_room(tuning.workers, at_once)
+        server.check_room(tuning.workers, at_once, resources.slots(config))
 
 
 def _check_objective(config: Config) -> None:
