@@ -49,7 +49,7 @@ def half(store: Store) -> Store:
 
 
 def loaded(data: Data, device: torch.device = CPU) -> resident.Resident:
-    return resident.load(data.train, data.bands, device)
+    return resident.load(data.train, data.bands, device, torch.float32)
 
 
 def bytes_of(folder: Path, data: Data, **training) -> bytes:
@@ -94,11 +94,13 @@ def test_other_bands_get_an_index_of_their_own(tmp_path):
     assert step.index.bands == 0
 
 
-@pytest.mark.parametrize("why", ["another table", "on the host"])
+@pytest.mark.parametrize("why", ["another table", "another type", "on the host"])
 def test_what_does_not_serve_is_not_used(tmp_path, why):
     shared, placement = loaded(world()), "auto"
     if why == "another table":
         shared = replace(shared, table_key="another")
+    elif why == "another type":
+        shared = replace(shared, table=shared.table.to(torch.bfloat16))
     else:
         placement = "host"
     step = assembled(tmp_path, world(shared), placement=placement).step

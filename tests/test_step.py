@@ -141,6 +141,23 @@ def test_batches_are_drawn_one_ahead_with_the_pulls_in_flight(parts, kind):
     assert torch.equal(step.state_dict()["unsettled"], answered)
 
 
+def test_a_table_in_the_type_of_the_products_gives_the_same_result():
+    """On a GPU bf16 tables are kept as such: rounding before gathering is rounding after it."""
+    store = clustered()
+    index = TripletIndex(store, near_and_far(store), CPU)
+    found = []
+    for table in (put(store.embeddings, CPU), put(store.embeddings, CPU).to(torch.bfloat16)):
+        torch.manual_seed(0)
+        head = Head(TrainingModel(hidden_dim=8, output_dim=4), 16)
+        learner = Learner(head, SECTION, Bandit(SECTION, index.bands, CPU), torch.bfloat16)
+        step = DeviceStep(learner, index, table)
+        step.begin(0, 1, 0)
+        for _ in range(4):
+            step()
+        found.append(weights(learner))
+    assert found[0] == found[1]
+
+
 def test_a_buffer_gives_back_what_it_was_filled_with():
     table = torch.randn(1000, 24).half()
     buffer = _Buffer(37, table, CPU)

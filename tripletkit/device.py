@@ -100,12 +100,19 @@ def as_tensor(array: NDArray[Any]) -> Tensor:
         return torch.from_numpy(np.asarray(array))
 
 
-def put(table: NDArray[Any], device: torch.device) -> Tensor:
-    """A table [N, D] on `device`, in its own type; on a CPU the memory itself, not a copy."""
+def type_on(device: torch.device, table: NDArray[Any], precision: torch.dtype) -> torch.dtype:
+    """The type of a table on `device`: on a GPU that of the products."""
+    own = as_tensor(table[:0]).dtype
+    half = device.type == "cuda" and precision is torch.bfloat16
+    return torch.bfloat16 if half else own
+
+
+def put(table: NDArray[Any], device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """A table [N, D] on `device`, in its own type or `dtype`; on a CPU the memory itself, no copy."""
     source = as_tensor(table)
     if device.type == "cpu":
         return source
-    there = torch.empty(source.shape, dtype=source.dtype, device=device)
+    there = torch.empty(source.shape, dtype=dtype or source.dtype, device=device)
     rows = max(1, CHUNK_BYTES // (source.shape[1] * source.element_size()))
     for into, chunk in zip(there.split(rows), source.split(rows), strict=True):
         into.copy_(chunk)

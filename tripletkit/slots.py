@@ -20,7 +20,7 @@ import torch
 from tripletkit import fsio, inputs, log, processes
 from tripletkit.cluster import jobs, resources
 from tripletkit.config import Config
-from tripletkit.device import choose_device
+from tripletkit.device import choose_device, choose_precision
 from tripletkit.errors import RunError, StorageAway
 from tripletkit.log import logger
 from tripletkit.paths import LogPaths, StudyPaths
@@ -145,8 +145,10 @@ def _places(config: Config, slots: int) -> list[_Place]:
 def _shared(config: Config, device: torch.device, count: int) -> _Place:
     """An equal share of a GPU for each of `count` slots, beside one table for all of them."""
     data, parcel = inputs.training_data(config), None
-    if choose_placement(config.training.placement, data.train, device) == "device":
-        parcel = Parcel(resident.load(data.train, data.bands, device))
+    section = config.training
+    precision = choose_precision(section.precision, device)
+    if choose_placement(section.placement, data.train, device, precision) == "device":
+        parcel = Parcel(resident.load(data.train, data.bands, device, precision))
     free, total = torch.cuda.mem_get_info(device)
     share = free / count - CONTEXT_BYTES
     if share <= 0:

@@ -15,7 +15,7 @@ import torch
 from tests.benchmarks import synthetic
 from tests.benchmarks.training import Job
 from tripletkit import boundary, processes
-from tripletkit.device import choose_device, make_deterministic
+from tripletkit.device import choose_device, choose_precision, make_deterministic
 from tripletkit.train import resident
 from tripletkit.train.resident import Parcel
 
@@ -39,7 +39,7 @@ def gain(device: torch.device, slots: int, folder: Path) -> tuple[float, float]:
     bands = synthetic.bands(folder / "trials.bands", rows)
     parcel = None
     if device.type == "cuda":
-        parcel = Parcel(resident.load(store, bands, device))
+        parcel = Parcel(resident.load(store, bands, device, choose_precision("auto", device)))
     barrier = multiprocessing.get_context("spawn").Barrier(slots)
     works = [
         partial(_train, str(device), folder, parcel, number, slots, barrier)

@@ -139,12 +139,12 @@ def assemble(config: Config, data: Data, *, fresh: bool, group: Group = ALONE) -
         )
     head.to(device)
 
-    there = data.resident
-    if there is not None and not there.serves(section.placement, data.train, device):
+    wanted, there = section.placement, data.resident
+    if there is not None and not there.serves(wanted, data.train, device, precision):
         there = None
-    on_device = there or choose_placement(section.placement, data.train, device) == "device"
+    on_device = there or choose_placement(wanted, data.train, device, precision) == "device"
     home = device if on_device else torch.device("cpu")
-    resident = load(data.train, data.bands, home, there)
+    resident = load(data.train, data.bands, home, precision, there)
     bandit = Bandit(section, resident.index.bands, home)
     learner = Learner(head, section, bandit, precision, group)
     kind = DeviceStep if on_device else HostStep

@@ -8,18 +8,21 @@ from pathlib import Path
 import torch
 
 from tripletkit.data.store import Store
+from tripletkit.device import type_on
 from tripletkit.log import logger
 
 # Share of free memory that a resident table may take; the rest is for the step and evaluation.
 SHARE = 0.7
 
 
-def choose_placement(wanted: str, store: Store, device: torch.device) -> str:
+def choose_placement(
+    wanted: str, store: Store, device: torch.device, precision: torch.dtype
+) -> str:
     """ "device" or "host". On a CPU, "device" is the memory map itself, without prefetching."""
     if wanted != "auto":
         return wanted
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else _available_memory()
-    size = store.embeddings.nbytes
+    size = store.embeddings.size * type_on(device, store.embeddings, precision).itemsize
     placement = "device" if size <= SHARE * free else "host"
     logger.info(
         "placement: %s (embeddings %.2f GB, free memory %.2f GB)", placement, size / 1e9, free / 1e9

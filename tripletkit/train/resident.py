@@ -14,7 +14,7 @@ from torch import Tensor
 from tripletkit import fsio
 from tripletkit.data.bands import Bands
 from tripletkit.data.store import Store
-from tripletkit.device import put
+from tripletkit.device import put, type_on
 from tripletkit.errors import RunError
 from tripletkit.train.sampler import TripletIndex
 
@@ -28,19 +28,27 @@ class Resident:
     table_key: str  # what they were made from
     index_key: str
 
-    def serves(self, placement: str, store: Store, device: torch.device) -> bool:
+    def serves(
+        self, placement: str, store: Store, device: torch.device, precision: torch.dtype
+    ) -> bool:
         """Whether a run with this store can use the table; it is the same for every sample."""
         fits = self.table_key == store.fingerprint and self.table.device == device
-        return fits and placement != "host"
+        right = self.table.dtype == type_on(device, store.embeddings, precision)
+        return fits and right and placement != "host"
 
 
 def load(
-    store: Store, bands: Bands | None, device: torch.device, there: Resident | None = None
+    store: Store,
+    bands: Bands | None,
+    device: torch.device,
+    precision: torch.dtype,
+    there: Resident | None = None,
 ) -> Resident:
     """Put the table and its index on `device`, as far as `there`, which serves, has not got them."""
     key = fsio.digest([sample_key(store), bands.key if bands else "no bands"])
+    dtype = type_on(device, store.embeddings, precision)
     return Resident(
-        table=there.table if there else put(store.embeddings, device),
+        table=there.table if there else put(store.embeddings, device, dtype),
         index=there.index
         if there and there.index_key == key
         else TripletIndex(store, bands, device),
