@@ -1,301 +1,137 @@
 """`make bench`: speed and memory as ratios of something measured in the same run.
 
-Prints a markdown table and writes it, with the raw numbers as JSON, into the folder given as
-argument (default: build/benchmarks).
+Prints what it finds, and writes benchmarks.json and benchmarks.md into OUT. Sections that need what
+this machine has not (a GPU, PostgreSQL, a package) are left out with a line that says why. Run
+again into the same OUT, it replaces the sections that it measures and keeps the others.
+
+    python -m tests.benchmarks                             everything but the curves
+    python -m tests.benchmarks OUT --only step peers       two sections
+    python -m tests.benchmarks OUT --scaling --only rows   one curve
+    python -m tests.benchmarks OUT --write-docs            OUT into docs/, measures nothing
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import dataclasses
 import os
-import platform
-import statistics
-import subprocess
+import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable
-from itertools import pairwise
+import traceback
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
-import torch
+from tests.benchmarks import gpu, measure, peers, pieces, processes, report, scaling, training
+from tests.benchmarks.measure import Bench, Section, UnavailableError
+from tests.benchmarks.report import Results
+from tripletkit.device import choose_device, make_deterministic
 
-from tests.benchmarks import naive_trainer, study_storage
-from tripletkit.config import Training, TrainingModel
-from tripletkit.data.bands import Bands
-from tripletkit.data.store import Store, open_store
-from tripletkit.device import (
-    autocast,
-    choose_device,
-    choose_precision,
-    make_deterministic,
-    put,
-)
-from tripletkit.train.bandit import Bandit
-from tripletkit.train.head import Head
-from tripletkit.train.loss import triplet_loss
-from tripletkit.train.sampler import TripletIndex
-from tripletkit.train.step import DeviceStep, HostStep, Learner
+REPOSITORY = str(Path(__file__).parent.parent.parent)
+SECONDS = {"cpu": 12.0, "cuda": 4.0}  # per measured rate
 
-IMAGES = 5  # per building
-BANDS = 7
-NEIGHBORS = 150
-SLICES = 5
+# Those that a GPU is rented for come first.
+SECTIONS: dict[str, Section] = {
+    "step": training.step,
+    "gpu-step": gpu.gpu_training,
+    "gpu-host": gpu.gpu_host,
+    "gpu-retrieval": pieces.gpu_retrieval,
+    "retrieval": pieces.retrieval,
+    "bands": pieces.bands,
+    "trials": processes.trials,
+    "precision": training.precision,
+    "peers": peers.peers,
+    "memory": processes.memory,
+    "cache": pieces.cache,
+    "start": pieces.start,
+    "study": processes.study,
+}
 
 
-def write_embeddings(path: Path, rows: int, dim: int, *, prefix: str = "b", seed: int = 0) -> Path:
-    """Clustered synthetic embeddings in the input schema, written in small row groups."""
-    random = np.random.default_rng(seed)
-    schema = pa.schema(
-        [
-            ("building_id", pa.string()),
-            ("streetview_image_id", pa.string()),
-            ("embedding", pa.list_(pa.float32(), dim)),
-        ]
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.benchmarks",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    with pq.ParquetWriter(path, schema) as writer:
-        for start in range(0, rows, 10_000):
-            count = min(10_000, rows - start)
-            building = np.arange(start, start + count) // IMAGES
-            centers = random.standard_normal((count // IMAGES + 1, dim), np.float32)
-            x = centers[building - building[0]] + random.standard_normal((count, dim), np.float32)
-            writer.write_table(
-                pa.table(
-                    [
-                        pa.array([f"{prefix}{b}" for b in building]),
-                        pa.array([f"{prefix}{i}" for i in range(start, start + count)]),
-                        pa.FixedSizeListArray.from_arrays(pa.array(x.ravel()), dim),
-                    ],
-                    schema=schema,
-                )
-            )
-    return path
-
-
-def random_bands(store: Store, seed: int = 0) -> Bands:
-    """Bands of the usual size with random neighbours: the trainer's cost does not depend on who."""
-    random = np.random.default_rng(seed)
-    rows, buildings = len(store.building), len(store.building_ids)
-    per_band = NEIGHBORS // BANDS
-    neighbors = random.integers(0, buildings - 1, (rows, BANDS * per_band), dtype=np.int32)
-    neighbors += neighbors >= store.building[:, None]  # never the own building
-    offsets = np.arange(rows * BANDS + 1, dtype=np.int64) * per_band
-    return Bands(count=BANDS, neighbors=neighbors.ravel(), offsets=offsets)
-
-
-def rates(runs: list[Callable[[], object]], triplets: int, seconds: float) -> list[list[float]]:
-    """Triplets per second of each of `runs`, slice by slice in turn, after one as warm-up.
-
-    In turn, because a shared machine's speed drifts: only slices side by side compare.
-    """
-    synchronize = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
-    found: list[list[float]] = [[] for _ in runs]
-    for _ in range(1 + SLICES):
-        for run, into in zip(runs, found, strict=True):
-            count, start = 0, time.perf_counter()
-            while time.perf_counter() - start < seconds / (1 + SLICES):
-                run()
-                count += 1
-            synchronize()
-            into.append(count * triplets / (time.perf_counter() - start))
-    return [into[1:] for into in found]
-
-
-class Job:
-    """One configuration of head, data and batch, and the ways to train on it."""
-
-    def __init__(self, store: Store, batch: int, device: torch.device, precision: str) -> None:
-        self.store = store
-        self.section = Training(batch_size=batch)
-        self.device = device
-        self.precision = choose_precision(precision, device)
-        self.bands = random_bands(store)
-        self.model = TrainingModel()
-
-    def learner(self, bands: int, home: torch.device) -> Learner:
-        head = Head(self.model, self.store.embeddings.shape[1]).to(self.device)
-        return Learner(head, self.section, Bandit(self.section, bands, home), self.precision)
-
-    def trainer(self, *, resident: bool = True) -> Callable[[], None]:
-        """Our step, as the loop calls it."""
-        home = self.device if resident else torch.device("cpu")
-        index = TripletIndex(self.store, self.bands, home)
-        kind = DeviceStep if resident else HostStep
-        step = kind(self.learner(index.bands, home), index, put(self.store.embeddings, home))
-        epoch = 0
-        step.begin(0, epoch, 0)
-
-        def run() -> None:
-            nonlocal epoch
-            if step.place + self.section.batch_size > len(index.anchors):
-                step.finish()
-                epoch += 1
-                step.begin(0, epoch, 0)
-            step()
-
-        return run
-
-    def in_hand(self) -> Callable[[], None]:
-        """Forward, loss and backward of the same head on one batch that is already there."""
-        learner = self.learner(BANDS, self.device)
-        size, dim = 3 * self.section.batch_size, self.store.embeddings.shape[1]
-        x = torch.randn(size, dim, device=self.device).to(self.precision)
-
-        def run() -> None:
-            with autocast(self.device, self.precision):
-                anchor, positive, negative = learner.head(x).chunk(3)
-            loss = triplet_loss(anchor, positive, negative, margin=0.5, distance="euclidean")
-            for parameter in learner.head.parameters():
-                parameter.grad = None
-            loss.mean().backward()
-
-        return run
-
-    def naive(self, steps: int) -> float:
-        """The per-item Dataset + DataLoader trainer."""
-        head = Head(self.model, self.store.embeddings.shape[1]).to(self.device)
-        offsets = self.bands.offsets.reshape(-1)
-
-        def by_anchor_band(row: int) -> list[list[int]]:
-            cells = offsets[row * BANDS : (row + 1) * BANDS + 1]
-            return [self.bands.neighbors[a:b].tolist() for a, b in pairwise(cells)]
-
-        return naive_trainer.run(
-            head,
-            self.store.embeddings,
-            self.store.building,
-            [by_anchor_band(row) for row in range(len(self.store.building))],
-            batch_size=self.section.batch_size,
-            steps=steps,
-            workers=2,
-        )
-
-
-def bench_training(folder: Path, device: torch.device, seconds: float) -> list[dict[str, object]]:
-    results = []
-    for dim, rows in ((768, 20_000), (4096, 5_000)):
-        store = open_store(write_embeddings(folder / f"{dim}.parquet", rows, dim), folder / "cache")
-        job = Job(store, 256, device, "auto")
-        name = f"training, {dim}-d, batch 256"
-        runs = [job.trainer(), job.in_hand(), job.trainer(resident=False)]
-        ours, bound, host = rates(runs, 256, seconds)
-        results.append(row(f"{name}, against forward and backward in hand", ours, bound, 0.7))
-        results.append(row(f"{name}, host placement against device", host, ours, 0.7))
-        if dim == 768:
-            half = Job(store, 256, device, "bf16")
-            results.append(row(f"{name}, bf16 against fp32", *rates(
-                [half.trainer(), job.trainer()], 256, seconds), 1.0))  # fmt: skip
-            ours, naive = [], []
-            for _ in range(SLICES):
-                naive.append(job.naive(steps=int(2 * seconds)))
-                ours += rates([job.trainer()], 256, seconds / SLICES)[0][-1:]
-            results.append(row(f"{name}, against a per-item DataLoader trainer", ours, naive, 10.0))
-    return results
-
-
-def bench_memory(folder: Path) -> list[dict[str, object]]:
-    """Train and evaluate 200 k rows x 768 through the command line; peak RSS of the process."""
-    train = write_embeddings(folder / "big.parquet", 200_000, 768)
-    val = write_embeddings(folder / "big_val.parquet", 10_000, 768, prefix="v", seed=1)
-    common = [
-        f"--set=global.scratch_dir={folder}",
-        f"--set=paths.train_parquet_path={train}",
-        f"--set=paths.val_parquet_path={val}",
-        "--set=training.num_epochs=1",
-        "--set=training.batch_size=1024",
-    ]
-    results = []
-    for command in (["train"], ["evaluate", "--split", "train"]):
-        if command[0] == "evaluate":
-            command.append("--set=training.retrieval_metric_max_queries=5000")
-        start = time.perf_counter()
-        with subprocess.Popen(
-            [sys.executable, "-m", "tripletkit", *command, *common],
-            stdout=subprocess.DEVNULL, cwd=folder,
-        ) as process:  # fmt: skip
-            _, status, usage = os.wait4(process.pid, 0)
-            process.returncode = os.waitstatus_to_exitcode(status)
-        if process.returncode:
-            raise SystemExit(f"tripletkit {command} failed")
-        took = time.perf_counter() - start
-        name = f"peak RSS of `{command[0]}`, 200 k x 768, GB ({took:.0f} s)"
-        results.append(row(name, [usage.ru_maxrss * 1024 / 1e9], [1.5], 1.0, at_most=True))
-    return results
-
-
-def bench_study() -> dict[str, object]:
-    seconds = study_storage.measure()
-    name = "seconds per trial in the study, 16 workers, against plain study.optimize"
-    return row(name, seconds["ours"], seconds["plain"], 0.6, at_most=True)
-
-
-def row(
-    name: str,
-    values: list[float],
-    references: list[float],
-    target: float,
-    *,
-    at_most: bool = False,
-) -> dict[str, object]:
-    """One line: medians, and the median of the ratios side by side."""
-    ratios = [v / r for v, r in zip(values, references, strict=True)]
-    ratio = statistics.median(ratios)
-    value, reference = statistics.median(values), statistics.median(references)
-    met = ratio <= target if at_most else ratio >= target
-    print(f"{name}: {value:,.4g} / {reference:,.4g} = {ratio:.2f} (target {target})", flush=True)
-    return {
-        "what": name, "value": value, "reference": reference, "ratio": ratio,
-        "spread": [min(ratios), max(ratios)],
-        "target": ("<= " if at_most else ">= ") + f"{target:g}", "met": met,
-    }  # fmt: skip
-
-
-def markdown(results: list[dict[str, Any]], machine: str) -> str:
-    lines = [
-        f"{machine}",
-        "",
-        "| what | value | reference | ratio | lowest to highest | target |",
-        "|---|---|---|---|---|---|",
-    ]
-    for r in results:
-        mark = "" if r["met"] else " (missed)"
-        lines.append(
-            f"| {r['what']} | {r['value']:,.4g} | {r['reference']:,.4g} | {r['ratio']:.2f} "
-            f"| {r['spread'][0]:.2f} to {r['spread'][1]:.2f} | {r['target']}{mark} |"
-        )
-    return "\n".join(lines) + "\n"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    names = [*SECTIONS, *scaling.CURVES]
     parser.add_argument("out", nargs="?", type=Path, default=Path("build/benchmarks"))
-    parser.add_argument("--seconds", type=float, default=12, help="per measured rate")
-    parser.add_argument("--study", action="store_true", help="only the study's storage")
+    parser.add_argument("--seconds", type=float, help="per measured rate; 12, on a GPU 4")
+    parser.add_argument("--only", nargs="+", metavar="NAME", choices=names, help=", ".join(names))
+    parser.add_argument("--scaling", action="store_true", help="the curves instead of the table")
+    parser.add_argument("--budget", type=float, help="start nothing after so many seconds")
+    parser.add_argument("--write-docs", action="store_true", help="measure nothing, write docs/")
     arguments = parser.parse_args()
+    if arguments.write_docs:
+        print(*report.write_docs(report.load(arguments.out)), sep="\n")
+        return 0
+
+    stopped: list[int] = []
+    signal.signal(signal.SIGTERM, lambda *_: stopped.append(143) or sys.exit(143))
+    # Commands run in folders of their own, maybe with tripletkit not installed.
+    os.environ["PYTHONPATH"] = os.pathsep.join(
+        filter(None, [REPOSITORY, os.environ.get("PYTHONPATH")])
+    )
     device = choose_device("auto")
     make_deterministic(device)
-    if device.type == "cuda":
-        machine = torch.cuda.get_device_name(device)
-    else:
-        machine = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-    if arguments.study:
-        bench_study()
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        results = bench_training(Path(folder), device, arguments.seconds)
-        results += bench_memory(Path(folder))
-    results.append(bench_study())
-    arguments.out.mkdir(parents=True, exist_ok=True)
-    table = markdown(results, f"{machine}, torch {torch.__version__}")
-    (arguments.out / "benchmarks.md").write_text(table)
-    (arguments.out / "benchmarks.json").write_text(json.dumps(results, indent=2) + "\n")
-    print("\n" + table)
+    results = report.load(arguments.out, measure.machine(device))
+    print(report.describe(results["machine"]), flush=True)
+    todo = [
+        name
+        for name in (scaling.CURVES if arguments.scaling else SECTIONS)
+        if arguments.only is None or name in arguments.only
+    ]
+    seconds = arguments.seconds or SECONDS[device.type]
+    run = curve if arguments.scaling else section
+    began, failed = time.monotonic(), []
+    for name in todo:
+        if stopped:  # a dying worker of a loader's may have raised over the exit
+            return stopped[0]
+        passed = time.monotonic() - began
+        print(f"\n== {name} ({passed:.0f} s so far)", flush=True)
+        if arguments.budget is not None and passed > arguments.budget:
+            print(f"left out: {arguments.budget:g} s are over", flush=True)
+            continue
+        with tempfile.TemporaryDirectory(prefix="benchmarks_") as folder:
+            try:
+                run(name, Bench(Path(folder), device, seconds), results)
+            except Exception:  # noqa: BLE001 - the other sections still count
+                traceback.print_exc()
+                failed.append(name)
+        report.save(arguments.out, results)
+    print(f"\n{report.table(results)}\n{time.monotonic() - began:.0f} s; {arguments.out}")
+    if failed:
+        print(f"failed: {', '.join(failed)}")
+    return 1 if failed else 0
+
+
+def section(name: str, bench: Bench, results: Results) -> None:
+    """Run one section and keep its rows, also those before an error."""
+    began = time.monotonic()
+    kept = {"rows": [], "seconds": 0.0, "left_out": ""}
+    every = results["sections"] | {name: kept}
+    results["sections"] = {known: every[known] for known in SECTIONS if known in every}
+    try:
+        for row in SECTIONS[name](bench):
+            print(measure.line(row), flush=True)
+            kept["rows"].append(row)
+    except UnavailableError as error:
+        kept["left_out"] = str(error)
+    except ModuleNotFoundError as error:
+        kept["left_out"] = f"needs {error.name}"
+    if kept["left_out"]:
+        print(f"left out: {kept['left_out']}", flush=True)
+    kept["seconds"] = round(time.monotonic() - began, 1)
+    print(f"took {kept['seconds']:.0f} s", flush=True)
+
+
+def curve(name: str, bench: Bench, results: Results) -> None:
+    """Measure one curve."""
+    try:
+        results["curves"][name] = dataclasses.asdict(scaling.CURVES[name](bench))
+    except UnavailableError as error:
+        print(f"left out: {error}", flush=True)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

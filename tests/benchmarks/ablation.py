@@ -28,7 +28,7 @@ import torch
 from tests.benchmarks.code_set import write_code
 from tests.benchmarks.patch_set import write_patches
 from tripletkit import config as configuration
-from tripletkit import fsio, stages
+from tripletkit import fsio, inputs
 from tripletkit.data.bands import build_bands
 from tripletkit.data.split import split_parquet
 from tripletkit.data.store import open_store
@@ -126,7 +126,7 @@ def run(data: str, seed: int, variant: str) -> dict[str, object]:
             training_model={"output_dim": CASES[data].output_dim},
             training={**COMMON, **VARIANTS[variant]},
         )
-        result = loop.train(config, stages.training_data(config), paths)
+        result = loop.train(config, inputs.training_data(config), paths)
         best = checkpoints.load(paths.best)
         last = json.loads(paths.metrics.read_text().splitlines()[-1])
     test = open_store(folder / "test.parquet", folder / "cache")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import subprocess
 import sys
@@ -139,7 +138,6 @@ def _run(code: str, folder: Path) -> float:
         [sys.executable, "-c", CODE + code, folder],
         stdout=subprocess.PIPE,
         check=True,
-        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
     )
     return float(done.stdout)
 
