@@ -217,7 +217,8 @@ def run_two(folder: Path, work) -> None:
     """Have a job run `work(group)` in two processes."""
     call = functools.partial(in_group, rendezvous(folder), work, ())
     environments = [environment(rank, 2) for rank in range(2)]
-    processes.run([call] * 2, environments, should_stop=lambda: False, together=True)
+    ended = processes.run([call] * 2, environments, should_stop=lambda: False, together=True)
+    processes.results(ended)
 
 
 def fail_on_one(us: Group) -> None:

@@ -138,6 +138,7 @@ def test_a_parcel_is_opened_by_several_processes_and_again_after_a_kill(tmp_path
         for number in range(2)
     ]
     before = shared.table.clone()
-    results = processes.run(works, [{}] * 2, should_stop=lambda: False, together=False, restarts=1)
+    ended = processes.run(works, [{}] * 2, should_stop=lambda: False, together=False, restarts=1)
+    results = processes.results(ended)
     assert [trained for _, trained in results] == [expected] * 2
     assert torch.equal(shared.table, before)

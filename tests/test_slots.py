@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,12 +15,13 @@ import torch
 
 from tests import fleet
 from tripletkit import config as configuration
-from tripletkit import processes, submission
-from tripletkit.cluster import resources
+from tripletkit import processes, slots, stages, submission
+from tripletkit.cluster import preempt, resources
 from tripletkit.config import Config
-from tripletkit.errors import DataError, Interrupted
+from tripletkit.errors import DataError, Interrupted, RunError
 from tripletkit.paths import TrialPaths
 from tripletkit.tune import claims, storage
+from tripletkit.tune.worker import Summary
 
 
 def study_of(config: Path):
@@ -169,12 +171,68 @@ def work(folder: Path, number: int, _stop) -> int:
 
 def test_processes_that_do_not_work_together_go_on_without_each_other(tmp_path, caplog):
     works = [functools.partial(work, tmp_path, number) for number in range(3)]
+    ended = processes.run(works, [{}] * 3, should_stop=lambda: False, together=False, restarts=2)
+    assert [each.result for each in ended] == [0, None, 2]
     with pytest.raises(DataError, match="row 7 is bad"):
-        processes.run(works, [{}] * 3, should_stop=lambda: False, together=False, restarts=2)
+        processes.results(ended)
     assert (tmp_path / "starts-0").read_text() == "xxx"
     assert sorted(path.name for path in tmp_path.glob("done-*")) == ["done-0", "done-2"]
     assert "process 1 of this job ended: row 7 is bad" in caplog.text
     assert caplog.text.count("process 0 of this job died (SIGKILL): starting it again") == 2
+
+
+class PickyError(Exception):
+    """It cannot be read back from its pickle: that calls it with one argument."""
+
+    def __init__(self, row: int, column: str) -> None:
+        super().__init__(f"row {row}, column {column}")
+
+
+def fail(_stop) -> None:
+    raise PickyError(7, "x")
+
+
+def test_an_error_that_cannot_be_sent_is_told_in_words():
+    (ended,) = processes.run([fail], [{}], should_stop=lambda: False, together=False, restarts=3)
+    with pytest.raises(RuntimeError, match="PickyError: row 7, column x"):
+        processes.results([ended])
+
+
+def test_a_process_gets_no_signal_before_it_is_ready(tmp_path):
+    """Of a parent that has not started any of Python's helpers yet."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import multiprocessing, signal\n"
+        "from tripletkit import processes\n"
+        "def blocked(answer):\n"
+        "    answer.send(sorted(signal.pthread_sigmask(signal.SIG_BLOCK, [])))\n"
+        "if __name__ == '__main__':\n"
+        "    spawn = multiprocessing.get_context('spawn')\n"
+        "    for _ in range(2):\n"
+        "        here, there = spawn.Pipe()\n"
+        "        process = spawn.Process(target=blocked, args=(there,))\n"
+        "        with processes._signals_wait():\n"
+        "            process.start()\n"
+        "        print(here.recv())\n"
+        "        process.join()\n"
+    )
+    done = subprocess.run([sys.executable, program], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines() == [str(sorted(preempt.WATCHED))] * 2
+
+
+@pytest.mark.parametrize("stopped", [True, False])
+def test_a_job_asked_to_stop_comes_back_although_one_of_its_slots_failed(monkeypatch, stopped):
+    ended = [
+        processes.Outcome(Summary(ended=["complete"], progress=True, open=True), None),
+        processes.Outcome(None, RunError("three in a row")),
+    ]
+    monkeypatch.setattr(processes, "run", lambda *_, **__: ended)
+    config = with_values(training={"device": "cpu"}, tuning={"trials_per_gpu": 2})
+    if stopped:
+        assert slots.run(config, stages.study_paths(config), lambda: True).open
+    else:
+        with pytest.raises(RunError, match="three in a row"):
+            slots.run(config, stages.study_paths(config), lambda: False)
 
 
 # What a job is given

@@ -6,14 +6,17 @@ The parent computes nothing. It hands on the request to stop, waits, and none ou
 from __future__ import annotations
 
 import contextlib
+import logging
 import multiprocessing
 import os
+import pickle
 import signal
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
-from typing import Any
+from typing import Any, NamedTuple
 
 from tripletkit import boundary, log
 from tripletkit.cluster import preempt
@@ -22,8 +25,17 @@ from tripletkit.log import logger
 
 ASK_SECONDS = 0.2  # so often the parent looks whether it was asked to stop
 
+END_SECONDS = 10.0  # a process that has said its last word has so long to go
+
 # What a process runs: it gets a function that says whether it was asked to stop.
 Work = Callable[[Callable[[], bool]], Any]
+
+
+class Outcome(NamedTuple):
+    """What became of a process: the result of its work, or what went wrong."""
+
+    result: Any
+    error: BaseException | None
 
 
 def run(
@@ -33,12 +45,12 @@ def run(
     should_stop: Callable[[], bool],
     together: bool,
     restarts: int = 0,
-) -> list[Any]:
-    """Run each of `works`, which must be picklable, in a process of its own; returns their results.
+) -> list[Outcome]:
+    """Run each of `works`, which must be picklable, in a process of its own, to the end.
 
     `environments` are variables that each process sees from its start on. Processes that work
     `together` all end when one fails. Others go on; a process that is killed is started again, up
-    to `restarts` times, and the first error is raised when all have ended.
+    to `restarts` times.
     """
     with contextlib.ExitStack() as stack:
         family = [
@@ -59,16 +71,22 @@ def run(
                     each.start()
                 elif each.error is not None and not together:  # the end may be hours away
                     logger.error("process %d of this job ended: %s", each.number, each.error)
-            if together and (error := _first_error(family)) is not None:
-                raise error
-        if (error := _first_error(family)) is not None:
-            raise error
-        return [each.result for each in family]
+            if together and any(each.error for each in family):
+                break
+        return [Outcome(each.result, each.error) for each in family]
+
+
+def results(outcomes: Sequence[Outcome]) -> list[Any]:
+    """The results, or the error that came first: those it worked with may fail over one that failed."""
+    errors = [each.error for each in outcomes if each.error is not None]
+    for error in sorted(errors, key=lambda e: not isinstance(e, TripletkitError)):
+        raise error
+    return [each.result for each in outcomes]
 
 
 def launched() -> bool:
     """Whether a launcher, such as torchrun, started this process as one of several."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def follows() -> bool:
@@ -103,6 +121,8 @@ class _Member:
         self.starts += 1
         # Not forked: threads and CUDA do not survive that.
         context = multiprocessing.get_context("spawn")
+        if self.starts > 1:
+            self.connection.close()
         self.connection, theirs = context.Pipe(duplex=False)
         self.process = context.Process(
             target=_work,
@@ -121,7 +141,8 @@ class _Member:
         """Take what it left; it has closed its end of the pipe, or is about to."""
         try:
             self.result, self.error = self.connection.recv()
-            self.process.join()
+            self.process.join(END_SECONDS)
+            self.process.kill()
         except EOFError:
             self.process.join()
             self.killed = True
@@ -136,16 +157,13 @@ class _Member:
         self.ended = True
 
 
-def _first_error(family: Sequence[_Member]) -> BaseException | None:
-    """What went wrong first of all; when one fails, those it worked with may fail over it."""
-    errors = [each.error for each in family if each.error is not None]
-    return min(errors, key=lambda e: not isinstance(e, TripletkitError), default=None)
-
-
 @contextlib.contextmanager
 def _signals_wait() -> Iterator[None]:
     """A process that is started meanwhile gets signals only when it is ready for them."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, preempt.WATCHED)
+    # The first process would start this helper of Python's, which then unblocks some of them.
+    resource_tracker.ensure_running()
+    signal.pthread_sigmask(signal.SIG_BLOCK, preempt.WATCHED)
     try:
         yield
     finally:
@@ -167,8 +185,21 @@ def _work(work: Work, environment: dict[str, str], answer: Connection, plain: bo
             error = ours
         except BaseException as bug:  # noqa: BLE001 - the parent's boundary sees to it
             bug.add_note(traceback.format_exc())
-            error = bug
+            error = _that_travels(bug)
         answer.send((result, error))
+        if error is not None:
+            # What it held may wait for the others, who are not coming: NCCL does, for one.
+            logging.shutdown()
+            os._exit(1)
+
+
+def _that_travels(bug: BaseException) -> BaseException:
+    """The exception, or one that says the same, if it cannot be pickled and read again."""
+    try:
+        pickle.loads(pickle.dumps(bug))  # noqa: S301 - our own
+    except Exception:  # noqa: BLE001 - whatever its class does in there
+        return RuntimeError("".join(traceback.format_exception(bug)))
+    return bug
 
 
 def _die_with_parent() -> None:

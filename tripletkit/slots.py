@@ -62,7 +62,8 @@ class _Place:
 def run(config: Config, paths: StudyPaths, should_stop: Callable[[], bool]) -> Summary:
     """Work until the study has its total or time is up; returns what all slots did.
 
-    When one fails the others go on; then its error is raised, as of `worker.run`.
+    When one fails the others go on. Then its error is raised, as of `worker.run`; unless they were
+    asked to stop and trials are left, with which the job goes on later.
     """
     id_, slots = jobs.current_job(), resources.slots(config)
     job = _Job(config, paths, id_, _name(id_), jobs.deadline(id_), slots)
@@ -70,14 +71,18 @@ def run(config: Config, paths: StudyPaths, should_stop: Callable[[], bool]) -> S
         return _work(job, 0, _Place(), should_stop)
     works = [partial(_slot, job, slot, place) for slot, place in enumerate(_places(config, slots))]
     environments = [{log.SLOT: str(slot)} for slot in range(slots)]
-    summaries: list[Summary] = processes.run(
+    outcomes = processes.run(
         works, environments, should_stop=should_stop, together=False, restarts=RESTARTS
     )
-    return Summary(
-        ended=[outcome for each in summaries for outcome in each.ended],
+    summaries: list[Summary] = [each.result for each in outcomes if each.error is None]
+    summary = Summary(
+        ended=[ended for each in summaries for ended in each.ended],
         progress=any(each.progress for each in summaries),
         open=any(each.open for each in summaries),
     )
+    if not (summary.open and should_stop()):  # else the job is to come back for what is left
+        processes.results(outcomes)
+    return summary
 
 
 def _work(job: _Job, slot: int, place: _Place, should_stop: Callable[[], bool]) -> Summary:

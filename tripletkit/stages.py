@@ -49,7 +49,7 @@ def _train(config: Config, should_stop: Callable[[], bool]) -> TrainResult:
     if gpus > 1 and not processes.launched():
         result = _train_on(gpus, config, should_stop)
     else:
-        result = train_in_group("env://", config, should_stop)
+        result = train_in_group(None, config, should_stop)
     paths = run_paths(config.checkpoint_dir)
     if result.status == "stopped":
         raise Interrupted(
@@ -81,16 +81,19 @@ def _train_on(gpus: int, config: Config, should_stop: Callable[[], bool]) -> Tra
             }
             for rank in range(gpus)
         ]
-        results = processes.run([work] * gpus, environments, should_stop=should_stop, together=True)
-    first: TrainResult = results[0]
+        ended = processes.run([work] * gpus, environments, should_stop=should_stop, together=True)
+    first: TrainResult = processes.results(ended)[0]
     return first
 
 
-def train_in_group(rendezvous: str, config: Config, should_stop: Callable[[], bool]) -> TrainResult:
+def train_in_group(
+    rendezvous: str | None, config: Config, should_stop: Callable[[], bool]
+) -> TrainResult:
     """Train as one process of a group, or alone; rank 0 keeps the log."""
     from tripletkit.train import group, loop
 
-    with group.member(rendezvous=rendezvous) as us, contextlib.ExitStack() as stack:
+    with contextlib.ExitStack() as stack:
+        us = stack.enter_context(group.member(config.training.device, rendezvous=rendezvous))
         if us.leads:
             log_file = run_paths(config.checkpoint_dir).log
             stack.enter_context(log.also_to(log_file, config.logging.log_file))

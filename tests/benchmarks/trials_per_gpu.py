@@ -45,9 +45,8 @@ def gain(device: torch.device, slots: int, folder: Path) -> tuple[float, float]:
         partial(_train, str(device), folder, parcel, number, slots, barrier)
         for number in range(slots)
     ]
-    rates: list[list[tuple[float, float]]] = processes.run(
-        works, [{}] * slots, should_stop=lambda: False, together=True
-    )
+    ended = processes.run(works, [{}] * slots, should_stop=lambda: False, together=True)
+    rates: list[list[tuple[float, float]]] = processes.results(ended)
     together = [sum(turn[0] for turn in turns) for turns in zip(*rates, strict=True)]
     return statistics.median(together), statistics.median(turn[1] for turn in rates[0])
 

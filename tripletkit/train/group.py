@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
@@ -13,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tripletkit import log, processes
-from tripletkit.errors import RunError
+from tripletkit.errors import ConfigError, RunError
 
 T = TypeVar("T")
 
@@ -55,10 +56,13 @@ class Group:
         most = -(-count // self.size)
         padded = part.new_zeros(most, *part.shape[1:])
         padded[: len(part)] = part
-        parts = [torch.empty_like(padded) for _ in range(self.size)]
-        dist.all_gather(parts, padded)
+        whole = part.new_empty(self.size * most, *part.shape[1:])
+        dist.all_gather_into_tensor(whole, padded)
+        if count == len(whole):
+            return whole
         shares = [Group(rank, self.size).share(count) for rank in range(self.size)]
-        return torch.cat([x[: s.stop - s.start] for x, s in zip(parts, shares, strict=True)])
+        parts = zip(whole.split(most), shares, strict=True)
+        return torch.cat([part[: share.stop - share.start] for part, share in parts])
 
     def any(self, flag: bool) -> bool:
         """Whether it is true anywhere."""
@@ -89,30 +93,47 @@ ALONE = Group()
 
 
 @contextlib.contextmanager
-def member(*, rendezvous: str = "env://") -> Iterator[Group]:
+def member(device: str = "auto", *, rendezvous: str | None = None) -> Iterator[Group]:
     """Be one of the processes that RANK and WORLD_SIZE tell of, as torchrun sets them.
 
-    Each takes the GPU of its LOCAL_RANK; tensors on a GPU travel by NCCL, those on a CPU by gloo.
+    Each takes the GPU of its LOCAL_RANK, unless `device` is "cpu"; tensors on a GPU travel by NCCL,
+    those on a CPU by gloo. With a `rendezvous` of our own all of them are on this machine.
+    Raises ConfigError or RunError.
     """
     if not processes.launched():
         yield ALONE
         return
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    backend = "gloo"
-    if torch.cuda.is_available():
-        count = torch.cuda.device_count()
-        if 1 < count < int(os.environ.get("LOCAL_WORLD_SIZE", "1")):
-            raise RunError(
-                f"{os.environ['LOCAL_WORLD_SIZE']} processes on this machine, but {count} GPUs",
-                hint="slurm.gpus, or torchrun's --nproc-per-node, is the number of GPUs",
-            )
-        # A launcher may show each process its own GPU alone.
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]) % count)
-        backend = "cpu:gloo,cuda:nccl"
     if rank:
         log.only_errors()
-    dist.init_process_group(backend, rendezvous, timeout=PATIENCE, rank=rank, world_size=size)
-    try:
-        yield Group(rank, size)
-    finally:
-        dist.destroy_process_group()
+    backend = "gloo"
+    if device != "cpu" and torch.cuda.is_available():
+        _take_gpu(device, rank, size, all_here=rendezvous is not None)
+        backend = "cpu:gloo,cuda:nccl"
+    if rendezvous is not None:
+        torch.set_num_threads(max(1, torch.get_num_threads() // size))
+    dist.init_process_group(
+        backend, rendezvous or "env://", timeout=PATIENCE, rank=rank, world_size=size
+    )
+    yield Group(rank, size)
+    # Only now: after an error it could wait for ever, as NCCL does for those who are not coming,
+    # and for the end of captured graphs that use it.
+    gc.collect()
+    dist.destroy_process_group()
+
+
+def _take_gpu(device: str, rank: int, size: int, *, all_here: bool) -> None:
+    if ":" in device:
+        raise ConfigError(
+            f"training.device is {device!r}, one GPU, but {size} processes train",
+            hint='set it to "cuda": each takes its own',
+        )
+    count = torch.cuda.device_count()
+    here = size if all_here else int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    # A launcher may show each process its own GPU alone.
+    if count < here and (all_here or count > 1):
+        raise RunError(
+            f"{here} processes on this machine, but {count} GPUs",
+            hint="slurm.gpus, or torchrun's --nproc-per-node, is the number of GPUs",
+        )
+    torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", rank)) % count)

@@ -118,7 +118,7 @@ def assemble(config: Config, data: Data, *, fresh: bool, group: Group = ALONE) -
     """Build the working parts; a `fresh` head starts from the data if so configured."""
     section, seed = config.training, config.global_.seed
     device = choose_device(section.device)
-    precision = choose_precision(section.precision, device)
+    precision = group.first(choose_precision(section.precision, device))
     make_deterministic(device)
     _check_sampler(section.negative_sampler, data.bands)
 
@@ -142,7 +142,9 @@ def assemble(config: Config, data: Data, *, fresh: bool, group: Group = ALONE) -
     wanted, there = section.placement, data.resident
     if there is not None and not there.serves(wanted, data.train, device, precision):
         there = None
-    on_device = there or choose_placement(wanted, data.train, device, precision) == "device"
+    on_device = there or not group.any(
+        choose_placement(wanted, data.train, device, precision) == "host"
+    )
     home = device if on_device else torch.device("cpu")
     resident = load(data.train, data.bands, home, precision, there)
     bandit = Bandit(section, resident.index.bands, home)
@@ -243,7 +245,7 @@ class _Run:
         clock, since = time.monotonic(), progress.place
         with log.progress(anchors, label) as update:
             while step.place < anchors:
-                if self._agreed(should_stop):
+                if self._agreed(should_stop, first=step.place == since):
                     self._save(self.paths.last)
                     logger.info("asked to stop: saved %s, anchor %d", label, step.place)
                     return False
@@ -261,11 +263,16 @@ class _Run:
                     self._save(self.paths.last)
         return True
 
-    def _agreed(self, should_stop: Callable[[], bool]) -> bool:
-        """Whether any process of the group was asked to stop; they all hear of it at once."""
+    def _agreed(self, should_stop: Callable[[], bool], *, first: bool) -> bool:
+        """Whether any process of the group was asked to stop; they all hear of it at once.
+
+        They ask at the `first` step of an epoch, since a validation may be behind them, and then
+        every few steps.
+        """
         if self.group.size == 1:
             return should_stop()
-        return self.progress.global_step % AGREE_EVERY == 0 and self.group.any(should_stop())
+        asks = first or self.progress.global_step % AGREE_EVERY == 0
+        return asks and self.group.any(should_stop())
 
     def _end_epoch(self) -> None:
         """Validate, decide what is best and whether to go on, and write it all down."""

@@ -12,8 +12,9 @@ from __future__ import annotations
 import contextlib
 import inspect
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -168,6 +169,7 @@ class DeviceStep(_Step):
         self._graph: torch.cuda.CUDAGraph | None = None
         self._graph_allowed = self._side is not None
         self._eager_steps = 0
+        self._warm_up = torch.cuda.Stream(device) if self._side is not None else None
 
     def begin(self, seed: int, epoch: int, place: int) -> None:
         """Go to anchor number `place` of `epoch`."""
@@ -186,7 +188,7 @@ class DeviceStep(_Step):
         elif self._graph is not None:
             self._graph.replay()
         elif self._eager_steps < EAGER_STEPS:
-            self._on_side_stream(lambda: self._step(size, following))
+            self._step_aside(size, following)
             self._eager_steps += 1
         else:
             self._capture()
@@ -233,24 +235,29 @@ class DeviceStep(_Step):
         if self._side is not None:
             torch.cuda.current_stream(self.table.device).wait_stream(self._side)
 
-    def _on_side_stream(self, work: Callable[[], None]) -> None:
-        device = self.table.device
-        stream = torch.cuda.Stream(device)
-        stream.wait_stream(torch.cuda.current_stream(device))
-        with torch.cuda.stream(stream):
-            work()
-        torch.cuda.current_stream(device).wait_stream(stream)
+    def _step_aside(self, size: int, following: int) -> None:
+        """An eager step on another stream than the default one, as captures want it before them."""
+        assert self._warm_up is not None
+        current = torch.cuda.current_stream(self.table.device)
+        self._warm_up.wait_stream(current)
+        with torch.cuda.stream(self._warm_up):
+            self._step(size, following)
+        current.wait_stream(self._warm_up)
 
     def _capture(self) -> None:
         """Capture the step and run it; a driver that refuses leaves us with eager steps."""
         graph = torch.cuda.CUDAGraph()
+        stream = torch.cuda.current_stream(self.table.device)
         try:
             # In this mode NCCL's own thread may look after its work meanwhile.
             with torch.cuda.graph(graph, capture_error_mode="thread_local"):
                 self._step(self.batch, self.batch)
         except RuntimeError as error:
-            logger.warning("no CUDA graph (%s): going on step by step", str(error).splitlines()[0])
+            cause = str(error.__context__ or error).splitlines()[0]
+            logger.warning("no CUDA graph (%s): going on step by step", cause)
             self._graph_allowed = False
+            torch.cuda.set_stream(stream)  # a capture that failed leaves its own behind
+            self._meet()
             self._step(self.batch, self.batch)
             return
         self._graph = graph
@@ -265,9 +272,12 @@ class HostStep(_Step):
         most = -(-self.batch // self.group.size)
         # One to learn from while the other is filled.
         self._buffers = itertools.cycle(_Buffer(most, table, learner.device) for _ in range(2))
-        self._thread = ThreadPoolExecutor(1, "prefetch")
         self._ahead: Future[tuple[Tensor, _Buffer]] | None = None
-        self._answered = torch.cuda.Event() if learner.device.type == "cuda" else None
+        gpu = learner.device.type == "cuda"
+        # A thread begins on GPU 0, and would leave a context there.
+        place = partial(torch.cuda.set_device, learner.device) if gpu else None
+        self._thread = ThreadPoolExecutor(1, "prefetch", initializer=place)
+        self._answered = torch.cuda.Event(blocking=True) if gpu else None
 
     def begin(self, seed: int, epoch: int, place: int) -> None:
         """Go to anchor number `place` of `epoch`."""
@@ -336,6 +346,9 @@ class _Buffer:
         self.arm = torch.empty(triplets, dtype=torch.int64, pin_memory=gpu)
         self.there = self.x.to(device), self.arm.to(device)  # on a CPU the same memory
         self.stream = torch.cuda.Stream(device) if gpu else None
+        if self.stream is not None:
+            for tensor in self.there:  # a copy may be under way when nobody wants it any more
+                tensor.record_stream(self.stream)
         self.rows = 0
 
     def fill(self, table: Tensor, rows: Tensor, arm: Tensor) -> None:
