@@ -25,6 +25,7 @@ from tripletkit.log import logger
 
 ASK_SECONDS = 0.2  # so often the parent looks whether it was asked to stop
 
+HEAR_SECONDS = 1.0
 END_SECONDS = 10.0  # a process that has said its last word has so long to go
 
 # What a process runs: it gets a function that says whether it was asked to stop.
@@ -72,6 +73,7 @@ def run(
                 elif each.error is not None and not together:  # the end may be hours away
                     logger.error("process %d of this job ended: %s", each.number, each.error)
             if together and any(each.error for each in family):
+                _hear_out(family)
                 break
         return [Outcome(each.result, each.error) for each in family]
 
@@ -82,6 +84,13 @@ def results(outcomes: Sequence[Outcome]) -> list[Any]:
     for error in sorted(errors, key=lambda e: not isinstance(e, TripletkitError)):
         raise error
     return [each.result for each in outcomes]
+
+
+def _hear_out(family: Sequence[_Member]) -> None:
+    """One failed: another may have failed before it, and be about to say so."""
+    for each in family:
+        if not each.ended and each.connection.poll(HEAR_SECONDS):
+            each.conclude()
 
 
 def launched() -> bool:
