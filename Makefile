@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 READY := $(VENV)/.ready
+# Processes that run the tests: more than cores, since most of the time they wait for Slurm.
+JOBS ?= 3
 
 .PHONY: help demo test lint bench ablation reference clean
 
@@ -15,15 +17,15 @@ demo: $(READY)  ## The whole job on real data made from fonts
 
 test: lint  ## Every check and test; as root on Debian it installs Slurm and PostgreSQL for them
 	tests/cluster/install.sh
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=$(JOBS) --dist=loadfile
 
 lint: $(READY)  ## Formatting, lint, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: $(READY)  ## Speed and memory, as ratios
-	$(BIN)/python -m tests.benchmarks
+bench: $(READY)  ## Speed and memory, as ratios; BENCH="--only step" for a part
+	$(BIN)/python -m tests.benchmarks $(BENCH)
 
 ablation: $(READY)  ## Rebuild docs/ablation.md (about an hour on two cores)
 	$(BIN)/python -m tests.benchmarks.ablation

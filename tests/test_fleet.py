@@ -5,6 +5,7 @@ import re
 import signal
 import subprocess
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import optuna
@@ -34,10 +35,10 @@ def trials_of(config: Path) -> list[optuna.trial.FrozenTrial]:
     return open_study(config).study.get_trials()
 
 
-def assert_exact(config: Path) -> list[optuna.trial.FrozenTrial]:
+def assert_exact(config: Path, total: int) -> list[optuna.trial.FrozenTrial]:
     """Every trial of the total finished once, and nothing else is in the study."""
     trials = trials_of(config)
-    assert [t.number for t in trials] == list(range(TOTAL))
+    assert [t.number for t in trials] == list(range(total))
     assert {t.state.name for t in trials} == {"COMPLETE"}
     for trial in trials:
         paths = fleet.study_paths(config).trial(trial.number)
@@ -63,7 +64,7 @@ def test_a_fleet_runs_exactly_the_total(slurm, tmp_path, kind, request):
         "--workers", str(WORKERS), "--trials-per-worker", str(EACH), "--max-epochs", "2",
     )  # fmt: skip
     fleet.wait_for_empty_queue(slurm, logs_of(config), deadline=240)
-    trials = assert_exact(config)
+    trials = assert_exact(config, TOTAL)
     assert len({t.user_attrs[claims.OWNER]["job"] for t in trials}) > 1
     assert all(len(fleet.attempts(fleet.study_paths(config).trial(n))) == 1 for n in range(TOTAL))
     for log in logs_of(config).glob("*.err"):
@@ -126,13 +127,15 @@ def test_whatever_happens_the_total_is_exact_and_trials_go_on(slurm, tmp_path, s
 
 
 def _faults(slurm, tmp_path: Path, server, url: str) -> None:
+    # All workers are in their first trial when things begin to happen, and few get a second one.
+    total, epochs = WORKERS * 3 // 2, 60
     config = fleet.write_config(
         tmp_path,
-        tuning={"storage_url": url, "max_epochs": 40},
+        tuning={"storage_url": url, "max_epochs": epochs},
         training={"checkpoint_every_minutes": 0.01},
         slurm={"cpus_per_task": 4},
     )
-    flags = ("-c", config, "--cluster", "slurm", "--n-trials", str(TOTAL))
+    flags = ("-c", config, "--cluster", "slurm", "--n-trials", str(total))
     for partition in ("low", "lowgrace"):  # two workers per node
         fleet.tripletkit("tune", *flags, "--workers", str(WORKERS // 2), "--partition", partition)
     fleet.until(
@@ -168,7 +171,7 @@ def _faults(slurm, tmp_path: Path, server, url: str) -> None:
     assert_no_secret(slurm, tmp_path, server.password, [*at_work, *high])
 
     fleet.wait_for_empty_queue(slurm, logs_of(config), deadline=420)
-    trials = assert_exact(config)
+    trials = assert_exact(config, total)
     hit = {killed, requeued, *seen[second], *seen[third]}
     for job in hit:
         number = at_work[job].number
@@ -218,7 +221,7 @@ def assert_no_secret(slurm, folder: Path, password: str, jobs: list[str]) -> Non
 
 
 def test_the_final_training_goes_on_past_its_time_limit(slurm, tmp_path):
-    """Two time limits and more; the end equals a training in one go, byte for byte."""
+    """Two time limits; the end equals a training in one go, byte for byte."""
     config = fleet.write_config(
         tmp_path,
         training={"num_epochs": 300, "checkpoint_every_minutes": 0.05},
@@ -235,8 +238,19 @@ def test_the_final_training_goes_on_past_its_time_limit(slurm, tmp_path):
     job = re.search(r"slurm job (\d+)", output)[1]
     folder = Path(re.search(r"checkpoints: (.*)", output)[1])
     (effective,) = (logs_of(config) / "configs").glob("best_*.toml")
-    whole = in_one_go(effective, tmp_path / "whole")
 
+    def give_it_time() -> None:
+        """Once it met two limits: how long a third start would last depends on the machine."""
+        show = ("scontrol", "show", "job", job)
+        fleet.until(
+            lambda: " Restarts=2 " in slurm.run(*show), lambda: slurm.run(*show), deadline=240
+        )
+        slurm.run("scontrol", "update", f"JobId={job}", "TimeLimit=30")
+
+    with ThreadPoolExecutor() as pool:
+        given = pool.submit(give_it_time)
+        whole = in_one_go(effective, tmp_path / "whole")
+        given.result()
     fleet.wait_for_empty_queue(slurm, logs_of(config), deadline=400)
     runs = slurm.run("sacct", "-X", "--duplicates", "--noheader", f"--jobs={job}", "--format=State")
     assert len(runs.split()) >= 3, runs

@@ -1,5 +1,6 @@
 """The configuration files of the test cluster."""
 
+import os
 import secrets
 import socket
 from pathlib import Path
@@ -99,6 +100,8 @@ user=root
 datadir={folder}/mariadb
 socket={folder}/mariadb.socket
 pid-file={folder}/mariadb.pid
+# when it starts it removes the temporary tables that it finds there, whosoever they are
+tmpdir={folder}
 bind-address=127.0.0.1
 port={mariadb}
 init-file={folder}/init.sql
@@ -118,11 +121,20 @@ GRANT ALL ON accounting.* TO 'slurm'@'127.0.0.1';
 """
 
 
+def ours(ports: range) -> range:
+    """Those of these ports that only this process of a parallel test run looks at.
+
+    Between the look at a port and its use another process might find it free as well.
+    """
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    return ports[worker % 16 :: 16]
+
+
 def free_ports(count: int) -> list[int]:
     """Distinct ports of 127.0.0.1 that nothing uses, out of the range of outgoing connections."""
     found: list[int] = []
     while len(found) < count:
-        port = 12000 + secrets.randbelow(8000)  # tests of PostgreSQL take higher ones
+        port = secrets.choice(ours(range(12_000, 20_000)))  # tests of PostgreSQL take higher ones
         with socket.socket() as probe:
             try:
                 probe.bind(("127.0.0.1", port))
