@@ -12,7 +12,7 @@ def cache(bench: Bench) -> Iterator[Row]:
     """Building the cache of a parquet file, against reading the file."""
     import tests.benchmarks.data_rates as data_rates
 
-    rows, dim = 40_000, 768
+    rows, dim = 150_000, 768
     ours, reference = data_rates.cache_build(bench.folder, dim, rows, SLICES)
     yield measure.ratio(
         f"cache build, {rows // 1000} k x {dim} float32",

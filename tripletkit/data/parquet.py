@@ -9,6 +9,7 @@ import contextlib
 import difflib
 import glob
 import hashlib
+from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ DATASET_DIGITS = 4
 SHOWN = 5  # offending rows named in a message
 BATCH_BYTES = 2 * 2**20  # of decoded vectors: they stay in a core's cache until they are written
 BATCH_ROWS = 65_536
+AHEAD = 4  # batches that are decoded ahead: neither side waits for a slow one of the other
 HASH_ROWS = 8_192  # the arrays of one pass fit into a core's cache
 SAMPLES = 64
 SAMPLE_BYTES = 64 * 2**10
@@ -171,13 +173,13 @@ def open_table(files: Sequence[Path], columns: Sequence[str]) -> Table:
 def batches(table: Table, columns: Sequence[str] | None, rows: int = BATCH_ROWS) -> Iterator[Batch]:
     """Stream `columns` (None: all) in batches of at most `rows`, in constant memory.
 
-    A thread decodes the next batch while the caller works on this one.
+    A thread decodes the next batches while the caller works on this one.
     """
     items = _read(table, columns, rows)
     with ThreadPoolExecutor(1, "parquet") as reader:
-        coming = reader.submit(next, items, None)
-        while (batch := coming.result()) is not None:
-            coming = reader.submit(next, items, None)
+        coming = deque(reader.submit(next, items, None) for _ in range(AHEAD))
+        while (batch := coming.popleft().result()) is not None:
+            coming.append(reader.submit(next, items, None))
             yield batch
 
 
