@@ -168,7 +168,7 @@ def assemble(config: Config, data: Data, *, fresh: bool, group: Group = ALONE) -
         config=config,
         model_section=model_section,
         fingerprints={
-            "training embeddings": sample_key(data.train),
+            "training embeddings": resident.sample_key,
             "difficulty bands": data.bands.key if data.bands else "",
             "validation embeddings": sample_key(data.val) if data.val else "",
         },

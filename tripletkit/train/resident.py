@@ -25,8 +25,9 @@ class Resident:
 
     table: Tensor
     index: TripletIndex
-    table_key: str  # what they were made from
-    index_key: str
+    table_key: str  # what they were made from; the index also from a sample and bands
+    sample_key: str
+    bands_key: str | None
 
     def serves(
         self, placement: str, store: Store, device: torch.device, precision: torch.dtype
@@ -45,15 +46,15 @@ def load(
     there: Resident | None = None,
 ) -> Resident:
     """Put the table and its index on `device`, as far as `there`, which serves, has not got them."""
-    key = fsio.digest([sample_key(store), bands.key if bands else "no bands"])
+    sample, levels = sample_key(store), bands.key if bands else None
     dtype = type_on(device, store.embeddings, precision)
+    same = there is not None and (there.sample_key, there.bands_key) == (sample, levels)
     return Resident(
         table=there.table if there else put(store.embeddings, device, dtype),
-        index=there.index
-        if there and there.index_key == key
-        else TripletIndex(store, bands, device),
+        index=there.index if there and same else TripletIndex(store, bands, device),
         table_key=store.fingerprint,
-        index_key=key,
+        sample_key=sample,
+        bands_key=levels,
     )
 
 

@@ -77,9 +77,9 @@ def owner(trial: FrozenTrial) -> dict[str, Any] | None:
 def claim(shared: SharedStudy, worker: Worker, total: int, job_states: JobStates) -> Claim | None:
     """The next trial for this worker, or None when nothing is left to do.
 
-    In this order: what this worker worked on before it was killed or requeued; trials whose job is gone;
-    trials that were handed back; a new one while there are fewer than `total`; at last, trials
-    whose job was requeued and has not come back yet.
+    In this order: what this worker worked on before it was killed or requeued; trials whose job is
+    gone; trials that were handed back; a new one while there are fewer than `total`; at last,
+    trials whose job was requeued and has not come back yet.
     """
     while True:
         rivals = _rivals(shared, worker)
