@@ -1,4 +1,4 @@
-"""`tripletkit init | train | evaluate | demo`."""
+"""`tripletkit init | train | demo`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import typer
 
 from tripletkit.cli.options import (
     SLURM_FLAGS,
-    AsJson,
     ConfigFile,
     DryRun,
     OnCluster,
@@ -48,32 +47,6 @@ def train(
     raise typer.Exit(submission.start("train", loaded, {}, cluster, dry_run=dry_run))
 
 
-@flags("slurm", SLURM_FLAGS)
-def evaluate(
-    config: ConfigFile = None,
-    overrides: Overrides = None,
-    split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
-    checkpoint: Annotated[
-        Path | None, typer.Option(help="Default: the best one in checkpoint_dir.")
-    ] = None,
-    as_json: AsJson = False,
-    cluster: OnCluster = "here",
-    dry_run: DryRun = False,
-) -> None:
-    """Print retrieval metrics of a split: the raw embeddings beside the trained head."""
-    from tripletkit import stages, submission
-
-    if split not in stages.SPLITS:
-        raise ConfigError(f"--split is {split!r}", hint="one of train, val, test")
-    options = {
-        "split": split,
-        "checkpoint": str(checkpoint.absolute()) if checkpoint else None,
-        "as_json": as_json,
-    }
-    loaded = load(config, overrides)
-    raise typer.Exit(submission.start("evaluate", loaded, options, cluster, dry_run=dry_run))
-
-
 def demo(
     folder: Annotated[Path, typer.Argument(help="Folder for everything it writes.")] = Path("demo"),
 ) -> None:
@@ -85,5 +58,5 @@ def demo(
 
 def add_to(app: typer.Typer) -> None:
     """Register the commands."""
-    for command in (init, train, evaluate, demo):
+    for command in (init, train, demo):
         app.command(command.__name__)(command)

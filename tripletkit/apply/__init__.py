@@ -1,0 +1,1 @@
+"""What a trained head is for: its embeddings, its numbers, and files for other programs."""

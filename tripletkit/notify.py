@@ -1,0 +1,1 @@
+"""Messages to a webhook when something ended."""

@@ -1,0 +1,1 @@
+"""Where a result comes from: configuration, code, data, machine."""

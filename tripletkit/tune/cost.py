@@ -1,0 +1,1 @@
+"""What a study has cost in GPU-hours, and what it will."""
