@@ -188,6 +188,7 @@ def test_down_wins_over_a_stop_that_is_under_way(slurm, place, tmp_path):
 def test_without_down_the_same_job_runs_again(slurm, place, tmp_path):
     folder = place / "db"
     job = up(folder, fleet.write_config(tmp_path))
+    slurm.sbatch("sleep 600", "--nodes=4", "--exclusive", "--partition=high")  # is next
     slurm.run("scancel", "--signal=USR2", job)
     slurm.wait_state(job, {"PENDING"})
     assert state(folder) == "stopped"
@@ -200,8 +201,7 @@ def test_down_finds_a_job_that_is_about_to_wait_for_its_next_start(slurm, place,
     folder = place / "db"
     job = up(folder, fleet.write_config(tmp_path))
     slurm.run("scancel", "--signal=USR2", job)
-    slurm.wait_state(job, {"COMPLETING"})  # for KillWait, in which our process waits for its end
-    assert state(folder) == "stopped"
+    wait_for(folder, "stopped")  # and asks for another start now
     database.down(folder)
     assert "down already" in caplog.text
     assert_gone(slurm, job)

@@ -204,10 +204,10 @@ def test_of_jobs_that_slurm_ends_those_at_their_time_limit_run_again(slurm):
     cancelled = slurm.sbatch(stubborn, "--time=5", "--mem=100")
     slurm.wait_state(cancelled, {"RUNNING"})
     slurm.run("scancel", cancelled)
-    slurm.wait_state(cancelled, {"COMPLETING"})
+    slurm.wait_state(cancelled, {"COMPLETING", "CANCELLED"})
     ended = stop_after(signal.SIGUSR2, signal.SIGTERM)
     assert not worker._runs_again(cancelled, ended, 0)
-    slurm.wait_state(limited, {"COMPLETING"}, deadline=120)
+    slurm.wait_state(limited, {"COMPLETING", "TIMEOUT"}, deadline=120)
     assert worker._runs_again(limited, ended, 0)
     assert not worker._runs_again(limited, ended, worker.FRUITLESS_STARTS)
 
