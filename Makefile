@@ -7,7 +7,7 @@ READY := $(VENV)/.ready
 # Processes that run the tests: more than cores, since most of the time they wait for Slurm.
 JOBS ?= 3
 
-.PHONY: help demo test lint bench ablation reference clean
+.PHONY: help demo test lint bench ablation reference docs clean
 
 help:  ## Show this list
 	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
@@ -30,8 +30,12 @@ bench: $(READY)  ## Speed and memory, as ratios; BENCH="--only step" for a part
 ablation: $(READY)  ## Rebuild docs/ablation.md (about an hour on two cores)
 	$(BIN)/python -m tests.benchmarks.ablation
 
-reference: $(READY)  ## Rewrite config.toml and docs/reference/configuration.md from the code
+reference: $(READY)  ## Rewrite config.toml and the reference of keys and commands from the code
 	$(BIN)/python -m tests.reference
+
+docs: $(READY)  ## The documentation as a site, in build/docs
+	$(BIN)/python -m sphinx -E -a -W -n --keep-going --quiet docs build/docs
+	@echo build/docs/index.html
 
 clean:  ## Remove the virtual environment and the demo
 	rm -rf $(VENV) demo

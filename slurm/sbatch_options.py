@@ -17,7 +17,8 @@ from tripletkit.paths import LogPaths
 
 # What a job asks for; of the small job behind the workers its sbatch file says it.
 WHERE = ("account", "partition", "qos", "constraint", "wckey")
-HOW_MUCH = ("time", "mem", "cpus_per_task", "mail_user", "mail_type")
+HOW_MUCH = ("time", "mem", "cpus_per_task")
+MAIL = ("mail_user", "mail_type")
 
 
 def options(stage: str, loaded: Config) -> list[str]:
@@ -25,13 +26,14 @@ def options(stage: str, loaded: Config) -> list[str]:
     slurm, logs = loaded.slurm, LogPaths(loaded.global_.log_dir)
     count = resources.workers(loaded, loaded.tuning.total) if stage == "tune" else 1
     job = Job(stage, stages.job_name(stage, loaded, {}), slurm, logs.root, count)
-    asked = resources.parameters(slurm)
+    asked = resources.parameters(slurm, stage)
     identity = "%A_%a" if stage == "tune" else "%j"
     found = [
         f"--job-name={job.name}",
         f"--output={logs.out(stage, identity)}",
         f"--error={logs.err(stage, identity)}",
         *_flags(asked, WHERE),
+        *_flags(asked, MAIL),
     ]
     if stage == "tidy":
         return found

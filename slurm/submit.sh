@@ -30,6 +30,7 @@ fi
 . "$TRIPLETKIT_SLURM_DIR/profile.sh"
 
 config=$(python -m tripletkit "$command" --cluster slurm --prepare ${flags[@]+"${flags[@]}"})
+unset TRIPLETKIT_WEBHOOK # jobs find it in a file; some sites keep the environment of jobs
 if [ ! -f "$config" ]; then # the answer to --help
     printf '%s\n' "$config"
     exit

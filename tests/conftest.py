@@ -20,7 +20,14 @@ for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
         signal.signal(number, lambda *_: None)
 
 # Files whose tests go to any process one by one, because the file as a whole takes minutes.
-APART = {"tests/test_fleet.py", "tests/test_group.py", "tests/test_worker.py"}
+APART = {
+    "tests/test_budget.py",
+    "tests/test_dashboard.py",
+    "tests/test_embed.py",
+    "tests/test_fleet.py",
+    "tests/test_group.py",
+    "tests/test_worker.py",
+}
 
 # What takes longest, by its beginning, in the order in which a parallel run starts it; all else
 # comes after it. Computing and waiting for Slurm take turns, for the sake of the processors.
@@ -39,6 +46,14 @@ LONGEST = (
     "test_slurm_scripts.py",
     "test_fleet.py",
     "test_group.py::test_on_slurm",
+    "test_embed.py::test_an_array",
+    "test_embed.py",
+    "test_budget.py",
+    "test_dashboard.py",
+    "test_report.py",
+    "test_rerun.py",
+    "test_provenance.py",
+    "test_export.py",
     "test_slots.py",
     "test_resume.py",
     "test_database_jobs.py",

@@ -1,4 +1,4 @@
-"""`make reference`: write what is generated from the code, config.toml and the list of keys."""
+"""`make reference`: write what is generated from the code: config.toml, the keys, the commands."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, Union, get_args, get_origin
 
+from tests import reference_cli
 from tripletkit import config
 
 REPOSITORY = Path(__file__).parent.parent
@@ -13,8 +14,9 @@ REPOSITORY = Path(__file__).parent.parent
 
 INTRODUCTION = """\
 The file is TOML. A value is taken from the command line (`--set section.key=value`), else from the
-environment (the variable in the table), else from the file, else the default. Without `--config`,
-`config.toml` in the current folder is read if it is there; the environment alone is enough.
+environment (`TRIPLET_TRAINING_` and the key in capitals: `TRIPLET_TRAINING_NUM_EPOCHS=20`), else from
+the file, else the default. Without `--config`, `config.toml` in the current folder is read if it is
+there; the environment alone is enough.
 `~` and `$VARS` expand in paths. Lists are written `[1, 5, 10]` in the file, and also `1,5,10`
 elsewhere.
 
@@ -37,23 +39,20 @@ def configuration_page() -> str:
     lines = [
         "# Configuration",
         "",
-        "Generated from `tripletkit/config/sections.py` by `make reference`; do not edit.",
+        "<!-- Generated from tripletkit/config/sections.py by `make reference`; do not edit. -->",
         "",
         INTRODUCTION.rstrip(),
     ]
     for name, model in config.sections().items():
         lines += ["", f"## [{name}]", "", str(model.__doc__), ""]
-        lines += ["| key | type | default | meaning | environment |", "|---|---|---|---|---|"]
+        lines += ["| key | type | default | meaning |", "|---|---|---|---|"]
         for key, field in model.model_fields.items():
             if key == "space":
                 continue
             default = field.get_default()
             shown = "" if default is None else f"`{config.toml_value(default)}`"
             text = str(field.description).replace("|", "\\|")
-            lines.append(
-                f"| `{key}` | {_type(field.annotation)} | {shown} | {text} "
-                f"| `{config.ENV_PREFIX}{key.upper()}` |"
-            )
+            lines.append(f"| `{key}` | {_type(field.annotation)} | {shown} | {text} |")
     lines += [
         "",
         "## [tuning.space.KEY]",
@@ -93,6 +92,7 @@ def _type(annotation: Any) -> str:
 GENERATED = {
     REPOSITORY / "config.toml": config.template,
     REPOSITORY / "docs/reference/configuration.md": configuration_page,
+    REPOSITORY / "docs/reference/cli.md": reference_cli.page,
 }
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The documentation says what is: links, commands, exit codes, names of keys and fields."""
 
+import functools
 import json
 import re
 import shlex
@@ -18,7 +19,7 @@ from tripletkit.train import checkpoint as checkpoints
 REPOSITORY = Path(__file__).parent.parent
 README = REPOSITORY / "README.md"
 PAGES = sorted(REPOSITORY.glob("docs/**/*.md")) + [README] * README.exists()
-FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(r"^ *```(\S*).*?\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
 INDENTED = re.compile(r"^(?: {4}.*\n)+", re.MULTILINE)
 SHELL = ("", "sh", "console", "indented")
 
@@ -97,9 +98,15 @@ def commands(page: Path) -> list[list[str]]:
     return [words for words in found if words]
 
 
+@functools.cache
+def program() -> typer.core.TyperGroup:
+    """What `tripletkit` understands; building it takes a tenth of a second."""
+    return typer.main.get_command(app)
+
+
 def problem(words: list[str]) -> str | None:
     """What is wrong with the arguments of a `tripletkit` command."""
-    command = typer.main.get_command(app)
+    command = program()
     words = list(words)
     positional = 0
     while words:
@@ -195,16 +202,22 @@ def options(command) -> set[str]:
 
 
 def test_every_command_and_option_is_on_the_page():
-    root = typer.main.get_command(app)
-    real = {name: options(command) for name, command in leaves(root).items()}
+    """Apart from the generator: that the page is up to date says test_config."""
     titles = re.findall(r"^## (tripletkit .+)$", CLI.read_text(), re.MULTILINE)
-    written = {
-        title: {n for row in rows(section(CLI, title)) for n in re.findall(r"-[-\w]+", row[0])}
-        for title in titles
+    root = program()
+    assert titles == list(leaves(root))
+    shared = {
+        n
+        for title in ("Options of every command", "Options of jobs")
+        for row in rows(section(CLI, title))
+        for n in re.findall(r"`(-[-\w]+)", row[0])
     }
-    assert written == real
-    table = rows(section(CLI, "Options of every command"))
-    assert options(root) <= {n for row in table for n in re.findall(r"-[-\w]+", row[0])}
+    assert options(root) <= shared
+    for name, command in leaves(root).items():
+        text = section(CLI, name)
+        table = {n for row in rows(text) for n in re.findall(r"`(-[-\w]+)", row[0])}
+        also = "(#options-of-every-command)" in text or "(#options-of-jobs)" in text
+        assert options(command) - table <= (shared if also else set()), name
 
 
 def test_exit_codes_are_those_of_the_errors():
@@ -212,6 +225,19 @@ def test_exit_codes_are_those_of_the_errors():
     real = {error.__name__: error.exit_code for error in family} | {"DONE": errors.DONE}
     table = rows(section(CLI, "Exit codes"))
     assert {row[1].strip("`"): int(row[0]) for row in table} == real
+
+
+# --- the page of the Alliance's clusters ------------------------------------------------------
+
+
+def test_the_environment_by_hand_has_what_tripletkit_needs():
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    needed = {re.split(r"[^\w-]", each)[0] for each in project["dependencies"]}
+    # There pyarrow comes from a module, and the wheelhouse has psycopg2 under its plain name.
+    needed = needed - {"pyarrow", "psycopg2-binary"} | {"psycopg2"}
+    text = (REPOSITORY / "docs/how-to/alliance-canada.md").read_text()
+    by_hand = re.findall(r"^pip install --no-index (\w.*)$", text, re.MULTILINE)
+    assert {name for line in by_hand for name in line.split()} == needed
 
 
 # --- the data formats page -------------------------------------------------------------------
@@ -251,4 +277,18 @@ def test_run_folder_holds_the_documented_files(paths, data):  # noqa: F811
     run(paths, data, num_epochs=2, save_every_n_epochs=1)
     written = names(section(FORMATS, "Run folder"))
     real = {re.sub(r"_\d+\.pt", "_N.pt", path.name) for path in paths.root.iterdir()}
+    real = {re.sub(r"code_[0-9a-f]+\.", "code_HASH.", name) for name in real}
     assert real <= written
+
+
+def test_provenance_fields_are_the_documented_ones(paths, data):  # noqa: F811
+    run(paths, data, num_epochs=1)
+    found = json.loads(paths.provenance.read_text())
+    start = found["starts"][0]
+    facts = {name for each in found["data"].values() for name in each}
+    written = names(section(FORMATS, "provenance.json"))
+    assert {*found, *facts, *start} == written
+    text = section(FORMATS, "provenance.json")
+    for part in ("machine", "trainer"):
+        assert [name for name in start[part] if f"`{name}`" not in text] == []
+    assert [name for name in start["code"]["tripletkit"] or () if f"`{name}`" not in text] == []

@@ -169,7 +169,7 @@ def test_what_a_job_asks_for(slurm, tmp_path):
     expected = {
         "JobName": "tune:test", "Account": ACCOUNT, "Partition": "low", "QOS": "normal",
         "TimeLimit": "05:30:00", "Requeue": "1", "NumCPUs": "2", "MinMemoryNode": "1G",
-        "TresPerNode": "gres:gpu:1", "MailUser": "user@example.org", "MailType": "END,FAIL",
+        "TresPerNode": "gres:gpu:1", "MailUser": "user@example.org", "MailType": "FAIL",
     }  # fmt: skip
     assert {key: facts.get(key) for key in expected} == expected
     [facts] = told(tmp_path)

@@ -389,9 +389,9 @@ def test_flags_and_configuration_become_options_of_sbatch(site, config):
     assert asked == [
         "sbatch", "--parsable", "--export=ALL", "--job-name=tune:asked",
         f"--output={site.folder}/logs/tune_%A_%a.out", f"--error={site.folder}/logs/tune_%A_%a.err",
-        f"--account={ACCOUNT}", "--partition=low", "--array=0-5%2", "--time=90", "--mem=3G",
-        "--cpus-per-task=2", "--mail-user=me@example.org", "--mail-type=END,FAIL", "--gres=gpu:1",
-        "--signal=B:USR1@120", f"{site.scripts}/tune.sbatch",
+        f"--account={ACCOUNT}", "--partition=low", "--mail-user=me@example.org",
+        "--mail-type=FAIL", "--array=0-5%2", "--time=90", "--mem=3G", "--cpus-per-task=2",
+        "--gres=gpu:1", "--signal=B:USR1@120", f"{site.scripts}/tune.sbatch",
         f"{site.folder}/trials/asked/config.toml",
     ]  # fmt: skip
     assert not (site.folder / "logs").joinpath("tidy").exists()

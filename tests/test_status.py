@@ -468,7 +468,7 @@ def test_small_values_keep_their_digits(value, text):
 
 STUDY = {
     "name", "storage", "objective", "direction", "total", "max_epochs", "states", "best", "workers",
-    "seconds_left",
+    "seconds_left", "budget",
 }  # fmt: skip
 TRIAL = {
     "number", "state", "cause", "job", "host", "attempt", "epoch", "best", "last", "seconds",

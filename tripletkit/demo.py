@@ -17,7 +17,7 @@ FRACTIONS = {"train": 0.7, "val": 0.1, "test": 0.2}
 
 
 def run(folder: Path) -> int:
-    """Render characters, split them, build bands, train, tune, and evaluate on unseen characters.
+    """Render characters, split them, build bands, train, tune, evaluate on unseen ones, report.
 
     What an earlier call left in `folder` is used again.
     """
@@ -30,7 +30,7 @@ def run(folder: Path) -> int:
     metadata = folder / "difficulty_metadata.parquet"
 
     if not all(path.exists() for path in parquet.values()):
-        _step("1/7 render characters in the fonts that matplotlib ships: a character is a building")
+        _step("1/8 render characters in the fonts that matplotlib ships: a character is a building")
         fonts = demo_data.write_fonts(folder, seed=SEED)
         stages.split_data(fonts, folder, fractions=FRACTIONS, seed=SEED)
 
@@ -61,27 +61,34 @@ def run(folder: Path) -> int:
         fsio.write_text(config_file, configuration.template(values))
     config = configuration.load(config_file, environ={})
 
-    _step("2/7 tripletkit data check")
+    _step("2/8 tripletkit data check")
     stages.check_data(config)
-    _step("3/7 tripletkit data bands")
+    _step("3/8 tripletkit data bands")
     if not metadata.exists():
         stages.build_bands(config, neighbors=150, k0=50, force=False)
-    _step("4/7 tripletkit train")
+    _step("4/8 tripletkit train")
     with preempt.watch() as stop:
         stages.train(config, stop)
-    _step("5/7 tripletkit tune --cluster here: six short trials on a third of the characters")
+    _step("5/8 tripletkit tune --cluster here: six short trials on a third of the characters")
     sample = configuration.with_values(config, training={"sample_fraction": 0.33})
     submission.tune(sample, "here", prepare=False, dry_run=False)
-    _step("6/7 tripletkit submit-best --cluster here: the best trial's parameters, all characters")
+    _step("6/8 tripletkit submit-best --cluster here: the best trial's parameters, all characters")
     best = submission.find_best(config, "study", None)
     submission.submit_best(config, best, "here", prepare=False, dry_run=False)
-    _step("7/7 tripletkit evaluate: characters that training never saw")
+    _step("7/8 tripletkit evaluate: characters that training never saw")
     tuned = final_config(config, best)
-    for each in (config, tuned):
-        stages.evaluate(each, split="test", checkpoint=None, as_json=False)
+    heads = [inputs.best_checkpoint(each) for each in (tuned, config)]
+    stages.evaluate(tuned, split="test", checkpoint=[str(path) for path in heads], top=5)
     _picture(tuned, folder / "neighbors.png")
-    log.out.print(f"{time.monotonic() - started:.0f} s; everything is in {folder}", soft_wrap=True)
+    _step("8/8 tripletkit report: of the final training, and of the study")
+    pages = {kind: stages.report_path(tuned, kind) for kind in ("run", "study")}
+    for kind, page in pages.items():
+        stages.report(tuned, of=kind, split="test", output=str(page), figures=None)
+    log.out.print(
+        f"\n{time.monotonic() - started:.0f} s; everything is in {folder}", soft_wrap=True
+    )
     log.out.print(f"try: tripletkit status --config {config_file}", soft_wrap=True)
+    log.out.print(f"open in a browser: {' and '.join(map(str, pages.values()))}", soft_wrap=True)
     return DONE
 
 

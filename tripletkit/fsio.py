@@ -110,9 +110,9 @@ def exclusive_lock(path: Path, *, wait: bool = True) -> Iterator[Lock]:
         yield Lock(ours=True, sure=True)
 
 
-def timestamp() -> str:
-    """Now, for records in files: UTC, to the second, ISO 8601."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+def timestamp(at: float | None = None) -> str:
+    """Now, or `at` these Unix seconds, for records in files: UTC, to the second, ISO 8601."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(at))
 
 
 def digest(parts: Iterable[bytes | str]) -> str:

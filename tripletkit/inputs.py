@@ -6,13 +6,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from tripletkit.config import Config
+from tripletkit.config import Config, TrainingModel
 from tripletkit.errors import ConfigError, DataError
 from tripletkit.log import logger
 from tripletkit.paths import run_paths
 
 if TYPE_CHECKING:
     from tripletkit.data.store import Store
+    from tripletkit.train.checkpoint import Checkpoint
     from tripletkit.train.head import Head
     from tripletkit.train.loop import Data
 
@@ -31,19 +32,50 @@ def check_files(config: Config) -> None:
 
 def open_head(config: Config, split: str, checkpoint: Path) -> tuple[Store, Head, int | None]:
     """The embeddings of a split, the head of a checkpoint to go with them, and its epoch."""
-    from tripletkit.config import TrainingModel
     from tripletkit.data.store import open_store
+
+    head, epoch = load_head(config, checkpoint)
+    dim = head.input_layer.in_features
+    return open_store(parquet_path(config, split), config.cache_dir, dim=dim), head, epoch
+
+
+def load_head(config: Config, checkpoint: Path, dim: int | None = None) -> tuple[Head, int | None]:
+    """The head of a checkpoint, on the CPU and in eval mode, and its epoch if known.
+
+    `dim` is the width of the embeddings it has to take. Raises DataError if the file is no good
+    checkpoint, or its weights do not fit.
+    """
     from tripletkit.train import checkpoint as checkpoints
-    from tripletkit.train.head import Head, load_weights
 
     state = checkpoints.load(checkpoint)
+    return head_of(state, head_section(config, state), checkpoint, dim), state.get("epoch")
+
+
+def head_section(config: Config, state: Checkpoint) -> TrainingModel:
+    """What the head of a loaded checkpoint was built as, with its `input_dim` where known."""
     section = config.training_model
     if "progress" in state:  # ours: what it was trained as counts, not what the file says today
         section = TrainingModel(**state["config"]["training_model"])
-    store = open_store(parquet_path(config, split), config.cache_dir, dim=section.input_dim)
-    head = Head(section, store.embeddings.shape[1])
+    if section.input_dim is None and "input_layer.weight" in state["model_state_dict"]:
+        width = state["model_state_dict"]["input_layer.weight"].shape[-1]
+        section = section.model_copy(update={"input_dim": width})
+    return section
+
+
+def head_of(
+    state: Checkpoint, section: TrainingModel, checkpoint: Path, dim: int | None = None
+) -> Head:
+    """The head of a loaded checkpoint; `checkpoint` and `dim` as in `load_head`."""
+    from tripletkit.train.head import Head, load_weights
+
+    head = Head(section, section.input_dim or dim or 1)  # without a width there are no weights
     load_weights(head, state["model_state_dict"], checkpoint)
-    return store, head, state.get("epoch")
+    if dim not in (None, section.input_dim):
+        raise DataError(
+            f"the head of {checkpoint} takes vectors of {section.input_dim} numbers, not {dim}",
+            hint="give it the embeddings of the model that it was trained on",
+        )
+    return head.eval()
 
 
 def best_checkpoint(config: Config) -> Path:

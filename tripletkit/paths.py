@@ -30,9 +30,28 @@ class RunPaths:
         return self.root / "best_trial.json"
 
     @property
+    def provenance(self) -> Path:
+        """Code, data and machine of each start of the run; with times, unlike the others."""
+        return self.root / "provenance.json"
+
+    def code(self, key: str) -> Path:
+        """Changes to the code that were not committed, by a key of their content."""
+        return self.root / f"code_{key}.diff"
+
+    @property
+    def rerun_of(self) -> Path:
+        """Of a run that `tripletkit rerun` made: which run it repeats."""
+        return self.root / "rerun.json"
+
+    @property
     def log(self) -> Path:
         """What the run said."""
         return self.root / "train.log"
+
+    @property
+    def webhook(self) -> Path:
+        """The address that is told of the end, a secret (0600); gone once it has been told."""
+        return self.root / ".webhook"
 
     @property
     def lock(self) -> Path:
@@ -63,6 +82,15 @@ class RunPaths:
         """The state after epoch `number`, counted from 1."""
         return self.checkpoints / f"checkpoint_epoch_{number}.pt"
 
+    @property
+    def report(self) -> Path:
+        """The page of `tripletkit report`."""
+        return self.root / "report.html"
+
+    def evaluation(self, split: str) -> EvaluationPaths:
+        """What `tripletkit evaluate` found on a split."""
+        return EvaluationPaths(self.root / "evaluation" / split)
+
     def saved(self) -> list[Path]:
         """Every checkpoint in the folder, whatever its state."""
         name = re.compile(r"checkpoint_(epoch_\d+|best|last|final)\.pt")
@@ -83,6 +111,27 @@ class TrialPaths(RunPaths):
         """One JSON object per attempt at the trial: by which job, when, how it ended."""
         return self.root / "attempts.jsonl"
 
+    def code(self, key: str) -> Path:
+        """In the folder of the study: its trials have the same changes, mostly."""
+        return self.root.parent / f"code_{key}.diff"
+
+
+@dataclass(frozen=True)
+class EvaluationPaths:
+    """An evaluation of checkpoints on one split."""
+
+    root: Path
+
+    @property
+    def report(self) -> Path:
+        """Everything, for programs."""
+        return self.root / "evaluation.json"
+
+    @property
+    def markdown(self) -> Path:
+        """The tables, for people."""
+        return self.root / "evaluation.md"
+
 
 @dataclass(frozen=True)
 class StudyPaths:
@@ -99,6 +148,16 @@ class StudyPaths:
     def identity(self) -> Path:
         """Which study the folder belongs to, whatever the names say."""
         return self.root / "study.json"
+
+    @property
+    def webhook(self) -> Path:
+        """The address that is told of the end, a secret (0600); gone once it has been told."""
+        return self.root / ".webhook"
+
+    @property
+    def report(self) -> Path:
+        """The page of `tripletkit report`."""
+        return self.root / "report.html"
 
     def trial(self, number: int) -> TrialPaths:
         """The folder of one trial."""

@@ -6,19 +6,20 @@ import contextlib
 import json
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tripletkit import inputs, log, processes
+from tripletkit import endings, inputs, log, processes
 from tripletkit.cluster import resources
 from tripletkit.config import Config
-from tripletkit.errors import DONE, ConfigError, DataError, Interrupted
+from tripletkit.errors import DONE, ConfigError, DataError, Interrupted, StorageAway
 from tripletkit.log import logger
 from tripletkit.paths import LogPaths, StudyPaths, run_paths
 
 if TYPE_CHECKING:
+    from tripletkit.apply.recipe import Request
     from tripletkit.train.loop import TrainResult
     from tripletkit.tune.storage import SharedStudy
 
@@ -107,10 +108,16 @@ def train_in_group(
 
 
 def tune(config: Config, should_stop: Callable[[], bool]) -> int:
-    """Work on the study's trials until there is nothing left to do."""
+    """Work on the study's trials until there is nothing left to do, or its budget is used up."""
     from tripletkit import slots
 
-    summary = slots.run(config, study_paths(config), should_stop)
+    try:
+        summary = slots.run(config, study_paths(config), should_stop)
+    except (Interrupted, StorageAway):
+        raise
+    except Exception:
+        endings.tell_of_study(config, leaving=True)
+        raise
     counts = Counter(summary.ended)
     did = ", ".join(f"{count} {outcome}" for outcome, count in counts.items()) or "none"
     log.out.print(f"study {config.tuning.study_name}; trials of this worker: {did}")
@@ -120,18 +127,25 @@ def tune(config: Config, should_stop: Callable[[], bool]) -> int:
             hint="the same command goes on with them",
             progress=summary.progress,
         )
+    endings.tell_of_study(config, leaving=False)
     return DONE
 
 
 def tidy(config: Config, _should_stop: Callable[[], bool]) -> int:
     """After the last worker: trials whose worker died wait for the next, none stays RUNNING."""
+    from tripletkit.cluster import jobs
     from tripletkit.tune import storage
 
     shared = storage.open_study(config.tuning, seed=0, workers=1)
-    if left := hand_back_lost(config, shared):
+    left = hand_back_lost(config, shared)
+    slurm = not jobs.current_job().startswith(jobs.LOCAL)
+    if reached := endings.budget_reached(config, shared, slurm=slurm):
+        log.out.print(f"{reached}: `tripletkit tune` with a larger --budget-gpu-hours goes on")
+    elif left:
         log.out.print(
             f"{left} trials are left: `tripletkit tune` with the same flags goes on with them"
         )
+    endings.tell_of_study(config, leaving=True)
     return DONE
 
 
@@ -163,29 +177,87 @@ def serve_database(
     return DONE
 
 
-def evaluate(config: Config, *, split: str, checkpoint: Path | str | None, as_json: bool) -> int:
-    """Print the retrieval metrics of one split, raw and through a checkpoint's head."""
-    from tripletkit.device import choose_device, choose_precision
-    from tripletkit.train.evaluation import Evaluation
+def evaluate(
+    config: Config,
+    *,
+    split: str,
+    checkpoint: str | Sequence[str] | None = None,
+    as_json: bool = False,
+    output: str | None = None,
+    top: int = 20,
+    resamples: int = 1000,
+) -> int:
+    """Retrieval metrics of one split with their intervals, raw and through checkpoints' heads."""
+    from tripletkit.apply.evaluate import evaluate
 
-    checkpoint = Path(checkpoint) if checkpoint else inputs.best_checkpoint(config)
-    store, head, epoch = inputs.open_head(config, split, checkpoint)
-    device = choose_device(config.training.device)
-    evaluation = Evaluation(
-        store,
-        None,
-        config.training,
-        seed=config.global_.seed,
-        device=device,
-        precision=choose_precision(config.training.precision, device),
+    paths = [checkpoint] if isinstance(checkpoint, str) else checkpoint or ()
+    evaluate(
+        config,
+        split,
+        [Path(path) for path in paths],
+        output=Path(output) if output else None,
+        top=top,
+        resamples=resamples,
+        as_json=as_json,
     )
-    results = {"raw": evaluation.raw(), "head": evaluation.of(head.to(device))}
-    if as_json:
-        report = {"split": split, "checkpoint": str(checkpoint), "epoch": epoch}
-        log.out.print(json.dumps({**report, **results}, indent=2), soft_wrap=True)
-    else:
-        _print_metrics(f"{split}, {checkpoint}", results)
     return DONE
+
+
+def embed_request(
+    *, source: str, destination: str, checkpoint: str, columns: Sequence[str] = (), **more: Any
+) -> Request:
+    """The options of a job as what they ask for."""
+    from tripletkit.apply.recipe import Request
+
+    return Request(
+        Path(source), Path(destination), Path(checkpoint), columns=tuple(columns), **more
+    )
+
+
+def embed(config: Config, should_stop: Callable[[], bool], **options: Any) -> int:
+    """Put parquet files through the head of a checkpoint."""
+    from tripletkit.apply import embed as embedding
+
+    request = embed_request(**options)
+    result = embedding.run(config, request, should_stop)
+    if result.made:
+        where = result.made[0] if len(result.made) == 1 else request.destination
+        log.out.print(
+            f"{where}: {result.rows:,} rows of {result.dim} numbers, {request.dtype}"
+            + (f", in {len(result.made)} files" if len(result.made) > 1 else ""),
+            soft_wrap=True,
+        )
+    for count, what in ((result.skipped, "there already"), (result.elsewhere, "with others")):
+        if count:
+            log.out.print(f"{count} file{'s' if count > 1 else ''} {what}")
+    return DONE
+
+
+def report(config: Config, *, of: str, split: str, output: str, figures: str | None) -> int:
+    """Write the page about the run in `checkpoint_dir`, or about the study, and its figures."""
+    from tripletkit.report import page, static
+
+    if of == "study":
+        from tripletkit.monitor.inventory import Inventory
+        from tripletkit.report import study
+
+        made = study.report(Inventory(config))
+    else:
+        from tripletkit.report import run
+
+        made = run.run_report(config, run_paths(config.checkpoint_dir), split=split)
+    page.write(made, Path(output))
+    log.out.print(output, soft_wrap=True)
+    if figures:
+        static.write(made, Path(figures))
+        log.out.print(figures, soft_wrap=True)
+    return DONE
+
+
+def report_path(config: Config, of: str) -> Path:
+    """Where the page is written unless the user says otherwise."""
+    paths = study_paths(config) if of == "study" else run_paths(config.checkpoint_dir)
+    return paths.report
 
 
 def check_data(config: Config) -> int:
@@ -290,7 +362,7 @@ def job_name(stage: str, config: Config, options: Mapping[str, Any]) -> str:
     """What the queue shows of a job: its stage, and the study, run or database it belongs to."""
     if stage == "db":
         return f"db:{Path(options['folder']).name}"
-    of_study = stage in ("tune", "best", "tidy")
+    of_study = stage in ("tune", "best", "tidy") or options.get("of") == "study"
     return f"{stage}:{config.tuning.study_name if of_study else config.checkpoint_dir.name}"
 
 
@@ -301,6 +373,8 @@ JOBS: dict[str, Callable[..., int]] = {
     "tidy": tidy,
     "best": best,
     "evaluate": lambda config, _stop, **options: evaluate(config, **options),
+    "report": lambda config, _stop, **options: report(config, **options),
+    "embed": embed,
     "bands": lambda config, _stop, **options: build_bands(config, **options),
     "db": serve_database,
 }

@@ -4,27 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tripletkit import config as configuration
-from tripletkit import fsio, inputs, log, stages, worker
+from tripletkit import endings, fsio, inputs, log, notify, stages, worker
 from tripletkit.cluster import launch, preempt, preflight, queue, resources
 from tripletkit.cluster.launch import Job, Submission
 from tripletkit.config import Config, Slurm
-from tripletkit.errors import DONE, ClusterError, ConfigError
+from tripletkit.errors import DONE, ClusterError, ConfigError, TripletkitError
 from tripletkit.log import logger
 from tripletkit.paths import LogPaths, run_paths
 
 if TYPE_CHECKING:
+    import optuna
+
     from tripletkit.tune.best import Best
 
 Cluster = Literal["here", "local", "slurm"]
 
 # These answer to a signal by saving their state; the others just end.
-STOPPABLE = ("train", "tune", "best", "db")
+STOPPABLE = ("train", "tune", "best", "db", "embed")
 # Of the small job behind the workers.
 TIDY = {"cpus_per_task": 1, "gpus": 0, "gres": None, "mem": "2G", "time": "00:15:00"}
 # Of the job of a database, unless the user says otherwise.
@@ -33,12 +35,19 @@ WAIT_FOR_DATABASE = 3600.0  # seconds; it may have to queue
 
 
 def start(
-    stage: str, config: Config, options: Mapping[str, Any], cluster: Cluster, *, dry_run: bool
+    stage: str,
+    config: Config,
+    options: Mapping[str, Any],
+    cluster: Cluster,
+    *,
+    dry_run: bool,
+    webhook: str | None = None,
 ) -> int:
-    """Run a stage here, or send it to a cluster."""
+    """Run a stage here, or send it to a cluster. `webhook`: of a training."""
     _check_dry_run(cluster, dry_run)
     if cluster == "here":
-        return _here(stage, config, options)
+        with _told(run_paths(config.checkpoint_dir).webhook, webhook):
+            return _here(stage, config, options)
     if stage == "train":
         inputs.check_files(config)
     job = _job(stage, config, options)
@@ -47,30 +56,43 @@ def start(
     if dry_run:
         log.out.print(launch.script(job), soft_wrap=True)
     else:
-        _submit(job, _keep(stage, config), options, cluster)
+        with _told(run_paths(config.checkpoint_dir).webhook, webhook):
+            _submit(job, _keep(stage, config), options, cluster)
     return DONE
 
 
-def tune(config: Config, cluster: Cluster | None, *, prepare: bool, dry_run: bool) -> int:
+def tune(
+    config: Config,
+    cluster: Cluster | None,
+    *,
+    prepare: bool,
+    dry_run: bool,
+    webhook: str | None = None,
+) -> int:
     """Prepare the study and start its workers; with `prepare`, others start them."""
-    from tripletkit.tune import study
+    from tripletkit.tune import cost, study
 
     cluster = cluster or _default_cluster()
     _check_dry_run(cluster, dry_run)
     paths, tuning = stages.study_paths(config), config.tuning
+    slurm = cluster == "slurm"
     job = _job("tune", config, count=resources.workers(config, tuning.total))
     inputs.check_files(config)
-    if cluster == "slurm":
+    if slurm:
         study.check_reach(tuning, queue.node_hosts())
         place = tuning.storage_path
-        shared = [] if tuning.storage_url else [place if place.is_dir() else place.parent]
-        preflight.check(job, [config.output_dir, *shared])
+        folders = [] if tuning.storage_url else [place if place.is_dir() else place.parent]
+        preflight.check(job, [config.output_dir, *folders])
     if dry_run:
         log.out.print(launch.script(job), soft_wrap=True)
+        for line in cost.quote(config, paths, _study_so_far(config), slurm=slurm):
+            log.err.print(line, soft_wrap=True)  # the script alone can be piped
         return DONE
-    left = stages.hand_back_lost(config, study.prepare(config, paths))
+    shared = study.prepare(config, paths)
+    left = stages.hand_back_lost(config, shared)
     if prepare:
-        log.out.print(str(paths.config), soft_wrap=True)
+        with _told(paths.webhook, webhook):
+            log.out.print(str(paths.config), soft_wrap=True)
         return DONE
     log.out.print(
         f"study {tuning.study_name}: {left} of {tuning.total} trials to be done; {paths.root}",
@@ -79,16 +101,27 @@ def tune(config: Config, cluster: Cluster | None, *, prepare: bool, dry_run: boo
     if left == 0:
         log.out.print("for more of them raise --n-trials, the total of the study")
         return DONE
+    if reached := endings.budget_reached(config, shared, slurm=slurm):
+        log.out.print(f"{reached}; a larger --budget-gpu-hours goes on", soft_wrap=True)
+        return DONE
+    for line in cost.quote(config, paths, shared.study, slurm=slurm):
+        log.out.print(line, soft_wrap=True)
     job = replace(job, count=resources.workers(config, left))
+    with _told(paths.webhook, webhook):
+        return _start_workers(job, config, paths.config, cluster)
+
+
+def _start_workers(job: Job, config: Config, config_file: Path, cluster: Cluster) -> int:
+    """Be the worker, or start some, on Slurm with a small job behind them."""
     if cluster == "here":
-        return _here("tune", configuration.load(paths.config, environ={}), {})
-    sent = _submit(job, paths.config, {}, cluster)
+        return _here("tune", configuration.load(config_file, environ={}), {})
+    sent = _submit(job, config_file, {}, cluster)
     if cluster == "slurm":
         arrays = sorted({each.partition("_")[0] for each in sent.jobs})
         slurm = config.slurm.model_copy(update=TIDY)
         tidy = _job("tidy", config, slurm=slurm, dependency="afterany:" + ":".join(arrays))
         try:
-            _submit(tidy, paths.config, {}, cluster)
+            _submit(tidy, config_file, {}, cluster)
         except ClusterError as error:  # the workers are queued already, and can do without
             logger.warning(
                 "no tidy job, `tripletkit doctor --fix` does the same: %s", error.message
@@ -98,7 +131,13 @@ def tune(config: Config, cluster: Cluster | None, *, prepare: bool, dry_run: boo
 
 
 def submit_best(
-    config: Config, best: Best, cluster: Cluster | None, *, prepare: bool, dry_run: bool
+    config: Config,
+    best: Best,
+    cluster: Cluster | None,
+    *,
+    prepare: bool,
+    dry_run: bool,
+    webhook: str | None = None,
 ) -> int:
     """Train with the best trial's parameters, on all the data."""
     from tripletkit.tune.best import final_config
@@ -116,13 +155,53 @@ def submit_best(
         return DONE
     config_file = _keep("best", final)
     fsio.write_json(run_paths(final.checkpoint_dir).origin, best._asdict())
-    if prepare:
-        log.out.print(str(config_file), soft_wrap=True)
+    with _told(run_paths(final.checkpoint_dir).webhook, webhook):
+        if prepare:
+            log.out.print(str(config_file), soft_wrap=True)
+            return DONE
+        if cluster == "here":
+            return _here("best", final, {})
+        _submit(job, config_file, {}, cluster)
+    log.out.print(f"checkpoints: {final.checkpoint_dir}", soft_wrap=True)
+    return DONE
+
+
+def embed(
+    config: Config,
+    options: Mapping[str, Any],
+    cluster: Cluster,
+    *,
+    workers: int | None,
+    dry_run: bool,
+) -> int:
+    """Put files through a head, here or as up to so many jobs that share them."""
+    from tripletkit.apply import embed as embedding
+
+    _check_dry_run(cluster, dry_run)
+    if workers and cluster == "here":
+        raise ConfigError("--workers is about jobs", hint="--cluster slurm, or --cluster local")
+    if (workers or 1) > 1 and options["per_building"]:
+        raise ConfigError(
+            "--per-building is one job, as all images of a building have to meet",
+            hint="leave --workers out",
+        )
+    checkpoint = options["checkpoint"] or str(inputs.best_checkpoint(config).absolute())
+    options = {**options, "checkpoint": checkpoint}
+    request = stages.embed_request(**options)
+    left = embedding.check(config, request)
+    if left == 0:
+        log.out.print(f"{request.destination} is there already: nothing to do", soft_wrap=True)
         return DONE
     if cluster == "here":
-        return _here("best", final, {})
-    _submit(job, config_file, {}, cluster)
-    log.out.print(f"checkpoints: {final.checkpoint_dir}", soft_wrap=True)
+        return _here("embed", config, options)
+    job = _job("embed", config, options, count=min(left, workers or 1))
+    if cluster == "slurm":
+        one = request.destination.suffix == ".parquet"
+        preflight.check(job, [request.destination.parent if one else request.destination])
+    if dry_run:
+        log.out.print(launch.script(job), soft_wrap=True)
+    else:
+        _submit(job, _keep("embed", config), options, cluster)
     return DONE
 
 
@@ -190,6 +269,30 @@ def _submit(
     log.out.print(f"{job.name}: {cluster} job {' '.join(ids)}{elements}", soft_wrap=True)
     log.out.print(f"log: {sent.out[0]}", soft_wrap=True)
     return sent
+
+
+@contextlib.contextmanager
+def _told(file: Path, webhook: str | None) -> Iterator[None]:
+    """What the block starts tells the webhook how it ended; unless it does not start."""
+    if webhook is not None:
+        notify.keep(file, webhook)
+    try:
+        yield
+    except BaseException:
+        if webhook is not None:
+            notify.forget(file)
+        raise
+
+
+def _study_so_far(config: Config) -> optuna.Study | None:
+    """The study, if there is one and it answers."""
+    from tripletkit.tune import storage
+
+    try:
+        return storage.open_study(config.tuning, seed=0, workers=1, patience=10).study
+    except TripletkitError as error:
+        logger.debug("no study to measure: %s", error.message)
+        return None
 
 
 def _here(stage: str, config: Config, options: Mapping[str, Any]) -> int:

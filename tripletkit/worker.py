@@ -14,13 +14,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tripletkit import boundary, config, processes, stages
+from tripletkit import boundary, config, endings, processes, stages
 from tripletkit.cluster import jobs, preempt, queue
 from tripletkit.cluster.preempt import Stop
 from tripletkit.config import Config
 from tripletkit.errors import REQUEUE, ClusterError, Interrupted, StorageAway
 from tripletkit.log import logger
-from tripletkit.paths import LogPaths
+from tripletkit.paths import LogPaths, run_paths
 
 # Started so often in a row without getting anywhere, the job will not get anywhere.
 FRUITLESS_STARTS = 3
@@ -84,6 +84,9 @@ def attend(
                 fruitless = 0 if progress else record.fruitless + 1
                 code = REQUEUE if _runs_again(job, stop, fruitless) else code
             ended(code, ending.message, progress=progress)
+            if stage in ("train", "best") and not isinstance(ending.error, Interrupted):
+                run = run_paths(loaded.checkpoint_dir)
+                endings.tell_of_training(stage, loaded, run, ending.message)
     except Interrupted as error:  # before we could begin
         if not config_file or not _runs_again(job, stop, 0):
             raise

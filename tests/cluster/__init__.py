@@ -217,6 +217,11 @@ class Cluster:
         defaults = (f"--account={ACCOUNT}", "--output=/dev/null", f"--wrap={command}")
         return self.run("sbatch", "--parsable", *defaults, *options, user=user)
 
+    def mails(self) -> list[str]:
+        """Every mail so far, as `-s SUBJECT ADDRESS`."""
+        log = self.folder / "mail.log"
+        return log.read_text().splitlines() if log.exists() else []
+
     def states(self, job: str) -> dict[str, str]:
         """State of a job, or of every element of an array, by id; finished ones for 5 minutes."""
         rows = self.run("squeue", "--states=all", "--array", "-h", "-o", "%i %T", "-j", job)

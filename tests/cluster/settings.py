@@ -21,7 +21,7 @@ StateSaveLocation={folder}/state
 SlurmdSpoolDir={folder}/spool-%n
 SlurmctldPidFile={folder}/slurmctld.pid
 SlurmdPidFile={folder}/slurmd-%n.pid
-MailProg=/bin/true
+MailProg={folder}/mail
 AuthType=auth/munge
 CredType=cred/munge
 # cred_expire is also how long a requeued job is held back: 2 minutes by default
@@ -77,6 +77,12 @@ NODE = (
 
 GPUS = {"n4": 2}  # the other nodes have one
 GRES = "NodeName={name} Name=gpu File={folder}/nvidia[0-{last}]\n"
+
+# Slurm calls it with -s SUBJECT ADDRESS: a line for each mail.
+MAIL = """\
+#!/bin/sh
+printf '%s\\n' "$*" >>{folder}/mail.log
+"""
 
 SLURMDBD = """\
 AuthType=auth/munge
@@ -168,6 +174,7 @@ def write(folder: Path) -> dict[str, int]:
         path.write_text(text)
 
     put("slurm.conf", SLURM.format(**values), 0o644)
+    put("mail", MAIL.format(**values), 0o755)
     gres = [GRES.format(name=name, folder=folder, last=GPUS.get(name, 1) - 1) for name in NODES]
     put("gres.conf", "AutoDetect=off\n" + "".join(gres), 0o644)
     for index in range(2):  # devices whose names end in their index

@@ -9,7 +9,18 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from tripletkit import __version__, boundary
-from tripletkit.cli import apply, cluster, data, database, diagnosis, study, training, tuning
+from tripletkit.cli import (
+    apply,
+    cluster,
+    data,
+    database,
+    diagnosis,
+    provenance,
+    report,
+    study,
+    training,
+    tuning,
+)
 from tripletkit.cli.options import help_if_alone
 from tripletkit.errors import ConfigError
 
@@ -22,7 +33,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-for commands in (training, tuning, apply, cluster, diagnosis):
+for commands in (training, tuning, apply, cluster, diagnosis, provenance, report):
     commands.add_to(app)
 app.add_typer(data.app, name="data")
 app.add_typer(study.app, name="study")

@@ -27,6 +27,15 @@ DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Check everything and print the script; submit nothing.")
 ]
 
+Webhook = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL",
+        help="Post a JSON message there at the end; or a file that holds the address, or "
+        "$TRIPLETKIT_WEBHOOK: it is a secret.",
+        show_default=False,
+    ),
+]
 
 # Where a command's work is done.
 Cluster = Literal["here", "local", "slurm"]
@@ -49,6 +58,7 @@ SLURM_FLAGS = {
     "gpus": "GPUs of a job.",
     "gres": "A gres string instead of --gpus.",
     "constraint": "Node features.",
+    "mail": "Address for mail from Slurm at the end of a job.",
 }
 STUDY_FLAG = {"study_name": "The study; default: the one of the configuration."}
 PATIENCE = 10.0  # seconds to wait for a storage that is away: that it is away is an answer, too

@@ -62,6 +62,27 @@ def export(
     studies.export(_inventory(config, overrides), file)
 
 
+@app.command("dashboard")
+@flags("tuning", STUDY_FLAG)
+def dashboard(
+    config: ConfigFile = None,
+    overrides: Overrides = None,
+    port: Annotated[
+        int | None,
+        typer.Option(
+            min=0, max=65535, help="0: any; default: the first free from 8080.", show_default=False
+        ),
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on. Others than 127.0.0.1 let the network in.")
+    ] = "127.0.0.1",
+) -> None:
+    """Look at the study in a browser, read only, with Optuna's dashboard. Ctrl-C ends it."""
+    from tripletkit.monitor import dashboard as pages
+
+    pages.serve(load_study(config, overrides), host, port)
+
+
 def _inventory(config: ConfigFile, overrides: Overrides) -> Inventory:
     from tripletkit.monitor.inventory import Inventory
 

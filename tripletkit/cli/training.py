@@ -13,6 +13,7 @@ from tripletkit.cli.options import (
     DryRun,
     OnCluster,
     Overrides,
+    Webhook,
     flags,
     load,
 )
@@ -38,13 +39,15 @@ def train(
     config: ConfigFile = None,
     overrides: Overrides = None,
     cluster: OnCluster = "here",
+    webhook: Webhook = None,
     dry_run: DryRun = False,
 ) -> None:
     """Train a projection head, or go on where an earlier run stopped."""
-    from tripletkit import submission
+    from tripletkit import notify, submission
 
+    url = notify.address(webhook)
     loaded = load(config, overrides)
-    raise typer.Exit(submission.start("train", loaded, {}, cluster, dry_run=dry_run))
+    raise typer.Exit(submission.start("train", loaded, {}, cluster, dry_run=dry_run, webhook=url))
 
 
 def demo(

@@ -12,6 +12,7 @@ from tripletkit.cli.options import (
     ConfigFile,
     DryRun,
     Overrides,
+    Webhook,
     flags,
     load,
     load_study,
@@ -29,6 +30,7 @@ TUNING_FLAGS = {
     "trials_per_worker": "Trials of a worker on average.",
     "trials_per_gpu": "Trials at once on each GPU of a worker.",
     "n_trials": "Exact total of the study instead of workers * trials per worker.",
+    "budget_gpu_hours": "No trial starts that would exceed so many GPU-hours; 0 is no limit.",
     "max_epochs": "Epochs of one trial.",
     "objective": "What a trial is judged by: val_loss, recall@K, map@r, mrr, r_precision.",
     "sampler": "tpe or random.",
@@ -62,13 +64,17 @@ def tune(
     cluster: SomeCluster = None,
     disable_wandb: DisableWandb = False,
     prepare: Prepare = False,
+    webhook: Webhook = None,
     dry_run: DryRun = False,
 ) -> None:
     """Search hyperparameters with workers that share a study; again, it goes on."""
-    from tripletkit import submission
+    from tripletkit import notify, submission
 
     loaded = load(config, _without_wandb(overrides, disable_wandb))
-    raise typer.Exit(submission.tune(loaded, cluster, prepare=prepare, dry_run=dry_run))
+    url = notify.address(webhook)
+    raise typer.Exit(
+        submission.tune(loaded, cluster, prepare=prepare, dry_run=dry_run, webhook=url)
+    )
 
 
 @flags("tuning", STUDY_FLAGS)
@@ -86,15 +92,17 @@ def submit_best(
     cluster: SomeCluster = None,
     disable_wandb: DisableWandb = False,
     prepare: Prepare = False,
+    webhook: Webhook = None,
     dry_run: DryRun = False,
 ) -> None:
     """Train with the best trial's parameters on all the data, to the end."""
-    from tripletkit import submission
+    from tripletkit import notify, submission
 
+    url = notify.address(webhook)
     loaded = load_study(config, _without_wandb(overrides, disable_wandb))
     best = submission.find_best(loaded, source, trial)
     raise typer.Exit(
-        submission.submit_best(loaded, best, cluster, prepare=prepare, dry_run=dry_run)
+        submission.submit_best(loaded, best, cluster, prepare=prepare, dry_run=dry_run, webhook=url)
     )
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tripletkit import fsio
+from tripletkit import fsio, notify
 from tripletkit.cluster import queue, resources
 from tripletkit.config import Slurm
 from tripletkit.errors import ClusterError, ConfigError
@@ -90,7 +90,8 @@ def scripts(job: Job) -> list[str]:
 def environment() -> dict[str, str]:
     """What a job sees of our environment: no trace of a job that we may be running in ourselves.
 
-    And nothing that sbatch would let win over the script (see resources.VARIABLES).
+    And nothing that sbatch would let win over the script (see resources.VARIABLES), nor the address
+    of a webhook: some sites keep the environment of jobs in their accounting.
     """
     foreign = ["SBATCH_", "SUBMITIT_"]
     if "SLURM_JOB_ID" in os.environ:
@@ -98,7 +99,7 @@ def environment() -> dict[str, str]:
     return {
         key: value
         for key, value in os.environ.items()
-        if key == "SLURM_CONF" or not key.startswith(tuple(foreign))
+        if key == "SLURM_CONF" or not (key.startswith(tuple(foreign)) or key == notify.VARIABLE)
     }
 
 
@@ -164,7 +165,7 @@ def _executor(job: Job, count: int, at_once: int) -> submitit.SlurmExecutor:
         raise ClusterError(
             "there is no sbatch here", hint="submit from a login node, or use --cluster local"
         )
-    values = resources.parameters(job.slurm)
+    values = resources.parameters(job.slurm, job.stage)
     identity = "%A_%a" if count > 1 else "%j"
     values["additional_parameters"] |= {
         "output": str(job.logs.out(job.stage, identity)),

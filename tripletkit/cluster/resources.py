@@ -72,8 +72,11 @@ def workers(config: Config, trials: int) -> int:
     return min(config.tuning.workers, -(-trials // slots(config)))
 
 
-def parameters(slurm: Slurm) -> dict[str, Any]:
+def parameters(slurm: Slurm, stage: str = "") -> dict[str, Any]:
     """Parameters for `submitit.SlurmExecutor.update_parameters`.
+
+    A study's end is that of the job behind its workers: these send mail only when they fail. Of an
+    array Slurm sends one mail, not one for each element.
 
     Raises ConfigError that names the key of a value that Slurm cannot read.
     """
@@ -104,7 +107,7 @@ def parameters(slurm: Slurm) -> dict[str, Any]:
         "gres": slurm.gres,
         "setup": slurm.setup or None,
         "mail_user": slurm.mail,
-        "mail_type": "END,FAIL" if slurm.mail else None,
+        "mail_type": ("FAIL" if stage == "tune" else "END,FAIL") if slurm.mail else None,
         "additional_parameters": {
             "requeue": True,
             "signal": f"USR2@{signal_delay(limit)}",

@@ -317,6 +317,13 @@ class Tuning(Section):
     n_trials: int = Field(
         0, ge=0, description="Exact total of the study; 0 means workers * trials_per_worker."
     )
+    budget_gpu_hours: float = Field(
+        0.0,
+        ge=0,
+        allow_inf_nan=False,
+        description="GPU-hours that the trials may take; then none starts any more. 0 is no limit; "
+        "without a GPU, hours of workers.",
+    )
     max_epochs: int = Field(15, ge=1, description="Epochs of one trial.")
     objective: str = Field(
         "recall@100",
@@ -389,7 +396,11 @@ class Slurm(Section):
     constraint: str | None = Field(None, description="Node features.")
     setup: list[str] = Field([], description="Shell lines before the job: modules, venv.")
     max_concurrent: int = Field(0, ge=0, description="Array elements at once; 0 is no limit.")
-    mail: str | None = Field(None, description="Address for mail at the end of a job.")
+    mail: str | None = Field(
+        None,
+        description="Address for mail at the end of a job; of a study, at its end and when a worker "
+        "fails.",
+    )
 
 
 class Config(Section):

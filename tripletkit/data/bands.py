@@ -55,10 +55,10 @@ EDGE_VALUES = 2**25  # distances that the percentiles are taken of
 class Bands:
     """Neighbour buildings of each row of a store, by band; 0 is the hardest (nearest)."""
 
-    count: int  # K
-    neighbors: NDArray[np.int32]  # building codes of the store
-    offsets: NDArray[np.int64]  # [N * K + 1] row i, band b: offsets[i * K + b] to [i * K + b + 1]
-    key: str = ""  # of the metadata's content and the store's
+    count: int  #: K
+    neighbors: NDArray[np.int32]  #: building codes of the store
+    offsets: NDArray[np.int64]  #: [N * K + 1] row i, band b: offsets[i * K + b] to [i * K + b + 1]
+    key: str = ""  #: of the metadata's content and the store's
 
 
 # --- reading ---------------------------------------------------------------------------------
@@ -72,7 +72,7 @@ def open_bands(path: Path, store: Store, cache_dir: Path) -> Bands:
     `DataError` for a file that cannot be used or that describes under half of the store's rows.
     """
     files = parquet.find_files(path)
-    key = fsio.digest([f"bands {FORMAT}", parquet.fingerprint(files), store.fingerprint])
+    key = content_key(files, store.fingerprint)
     folder = cache_dir / key
     facts = cached(folder, partial(_join, files, store))
     bands = Bands(
@@ -82,6 +82,11 @@ def open_bands(path: Path, store: Store, cache_dir: Path) -> Bands:
         key=key,
     )
     return bands if len(store.by_building) == len(store.building) else _restrict(bands, store)
+
+
+def content_key(files: Sequence[Path], store: str) -> str:
+    """The key of the bands in these files for the store with that fingerprint."""
+    return fsio.digest([f"bands {FORMAT}", parquet.fingerprint(files), store])
 
 
 def _restrict(bands: Bands, store: Store) -> Bands:

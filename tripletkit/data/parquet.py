@@ -170,12 +170,15 @@ def open_table(files: Sequence[Path], columns: Sequence[str]) -> Table:
     return Table(tuple(files), tuple(rows))
 
 
-def batches(table: Table, columns: Sequence[str] | None, rows: int = BATCH_ROWS) -> Iterator[Batch]:
+def batches(
+    table: Table, columns: Sequence[str] | None, rows: int = BATCH_ROWS, first: int = 0
+) -> Iterator[Batch]:
     """Stream `columns` (None: all) in batches of at most `rows`, in constant memory.
 
-    A thread decodes the next batches while the caller works on this one.
+    Begins with row `first` of the table. A thread decodes the next batches while the caller works
+    on this one.
     """
-    items = _read(table, columns, rows)
+    items = _read(table, columns, rows, first)
     with ThreadPoolExecutor(1, "parquet") as reader:
         coming = deque(reader.submit(next, items, None) for _ in range(AHEAD))
         while (batch := coming.popleft().result()) is not None:
@@ -183,18 +186,35 @@ def batches(table: Table, columns: Sequence[str] | None, rows: int = BATCH_ROWS)
             yield batch
 
 
-def _read(table: Table, columns: Sequence[str] | None, rows: int) -> Iterator[Batch]:
-    for path in table.files:
-        start = 0
+def _read(
+    table: Table, columns: Sequence[str] | None, rows: int, first: int = 0
+) -> Iterator[Batch]:
+    for path, count in zip(table.files, table.rows, strict=True):
+        skipped = min(first, count)
+        first -= skipped
+        if skipped == count:
+            continue
         with _open(path) as file:
-            stream = file.iter_batches(batch_size=rows, columns=columns)
+            group, start = _group_of(file, skipped)
+            groups = range(group, file.num_row_groups)
+            stream = file.iter_batches(batch_size=rows, columns=columns, row_groups=groups)
             while True:
                 with _readable(path, f"from row {start} on"):
                     data = next(stream, None)
                 if data is None:
                     break
-                yield Batch(path, start, data)
+                if (cut := max(0, skipped - start)) < data.num_rows:
+                    yield Batch(path, start + cut, data.slice(cut) if cut else data)
                 start += data.num_rows
+
+
+def _group_of(file: pq.ParquetFile, row: int) -> tuple[int, int]:
+    """The row group that holds `row`, and the first row of it."""
+    group = start = 0
+    while start + (rows := file.metadata.row_group(group).num_rows) <= row:
+        start += rows
+        group += 1
+    return group, start
 
 
 @contextlib.contextmanager

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import combinations
@@ -35,15 +35,15 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 class Store:
     """N images of B buildings. All arrays are read-only maps of files in `folder`."""
 
-    source: Path  # what the user named
-    folder: Path
-    fingerprint: str  # of the content, whatever the name
-    embeddings: NDArray[Any]  # [N, D] float16 or float32
-    ids: pa.ChunkedArray  # large_string [N], image ids
-    building_ids: pa.ChunkedArray  # large_string [B]
-    building: NDArray[np.int32]  # [N] code of each row's building; -1: not in this sample
-    by_building: NDArray[np.int64]  # [M] rows grouped by building, in file order inside one
-    starts: NDArray[np.int64]  # [B + 1] building b: by_building[starts[b] : starts[b + 1]]
+    source: Path  #: what the user named
+    folder: Path  #: of its cache
+    fingerprint: str  #: of the content, whatever the name
+    embeddings: NDArray[Any]  #: [N, D] float16 or float32
+    ids: pa.ChunkedArray  #: large_string [N], image ids
+    building_ids: pa.ChunkedArray  #: large_string [B]
+    building: NDArray[np.int32]  #: [N] code of each row's building; -1: not in this sample
+    by_building: NDArray[np.int64]  #: [M] rows grouped by building, in file order inside one
+    starts: NDArray[np.int64]  #: [B + 1] building b: by_building[starts[b] : starts[b + 1]]
 
 
 def open_store(source: Path, cache_dir: Path, *, dim: int | None = None) -> Store:
@@ -53,7 +53,7 @@ def open_store(source: Path, cache_dir: Path, *, dim: int | None = None) -> Stor
     used and `RunError` when the cache cannot be written.
     """
     files = parquet.find_files(source)
-    key = fsio.digest([f"store {FORMAT}", parquet.fingerprint(files)])
+    key = content_key(files)
     folder = cache_dir / key
     facts = cached(folder, partial(_build, files, dim))
     if dim is not None and facts["dim"] != dim:
@@ -72,6 +72,11 @@ def open_store(source: Path, cache_dir: Path, *, dim: int | None = None) -> Stor
         building_ids=flat.map_texts(folder / "buildings.arrow"),
         **_codes(folder),
     )
+
+
+def content_key(files: Sequence[Path]) -> str:
+    """The fingerprint of a store of these files, without building its cache."""
+    return fsio.digest([f"store {FORMAT}", parquet.fingerprint(files)])
 
 
 def whole(store: Store) -> Store:

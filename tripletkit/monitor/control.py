@@ -82,6 +82,8 @@ def cancel(target: Target) -> None:
 def wait(target: Target, timeout: float | None) -> None:
     """Return when the jobs of a target are over, or the study has its total, and all is well.
 
+    A study whose budget is used up is well, too.
+
     Raises RunError if something failed, if trials are left, or after `timeout` seconds.
     """
     began, pause = time.monotonic(), POLLS[0]
@@ -93,7 +95,9 @@ def wait(target: Target, timeout: float | None) -> None:
             trials, jobs = target.trials(), _jobs(target, or_others=True)
             busy = [job for job in jobs.values() if not job.over]
             watched |= {job.id: job for job in busy}
-            if _is_done(target, trials) or not (busy or _silence(target)):
+            if _is_done(target, trials):
+                break
+            if not busy and (not _silence(target) or _is_used_up(target, trials)):
                 break
             _check_visible(busy)
             for warning in sorted({*target.inventory.warnings} - warned):
@@ -255,6 +259,13 @@ def _is_done(target: Target, trials: Sequence[FrozenTrial]) -> bool:
     return sum(finished) >= wanted and all(finished)
 
 
+def _is_used_up(target: Target, trials: Sequence[FrozenTrial]) -> bool:
+    """Whether the study's budget lets no trial start, and none runs."""
+    if target.kind != "study" or any(trial.state.name == "RUNNING" for trial in trials):
+        return False
+    return study_of(target.inventory, trials, ()).budget is not None
+
+
 def _check_visible(jobs: Iterable[Job]) -> None:
     for job in jobs:
         if job.state == UNKNOWN and job.id.startswith(LOCAL) and job.record is not None:
@@ -293,10 +304,10 @@ def _judge(target: Target, trials: Sequence[FrozenTrial], jobs: Sequence[Job]) -
     if target.kind == "trial":
         states = [trial.state.name for trial in trials] or ["out of reach"]
         problems += [f"{target} is {s}" for s in states if s not in ("COMPLETE", "PRUNED")]
-    if target.kind == "study" and not _is_done(target, trials):
-        said = summary(study_of(target.inventory, trials, ()))
-        problems.append(f"{said}; trials are left, and no worker is")
-    elif target.kind == "study":  # others went on with what a worker left
+    study = study_of(target.inventory, trials, ()) if target.kind == "study" else None
+    if study is not None and not (_is_done(target, trials) or _is_used_up(target, trials)):
+        problems.append(f"{summary(study)}; trials are left, and no worker is")
+    elif study is not None:  # others went on with what a worker left
         for problem in problems:
             logger.warning("%s", problem)
         problems.clear()
@@ -305,8 +316,8 @@ def _judge(target: Target, trials: Sequence[FrozenTrial], jobs: Sequence[Job]) -
             "\n".join([*target.inventory.warnings, *problems]),
             hint="`tripletkit status`, `tripletkit logs` and `tripletkit why`",
         )
-    if target.kind == "study":
-        _say(summary(study_of(target.inventory, trials, ())))
+    if study is not None:
+        _say(summary(study))
     else:
         states = [trial.state.name for trial in trials] or [job.state for job in jobs]
         _say(f"{target}: {_counted(states)}")

@@ -26,7 +26,7 @@ from tripletkit.monitor.inventory import Inventory
 from tripletkit.monitor.remedies import never_starts, waits
 from tripletkit.monitor.why import workers
 from tripletkit.paths import StudyPaths, TrialPaths
-from tripletkit.tune import attempts, claims
+from tripletkit.tune import attempts, budget, claims
 from tripletkit.tune.claims import JobStates
 from tripletkit.tune.storage import SharedStudy, TurnLost
 from tripletkit.tune.study import ID, TOTAL
@@ -193,11 +193,15 @@ def _work(seen: _Seen) -> Iterator[Finding]:
             for t in seen.trials
         )
         told = f" ({done} only to be told)" if done else ""
-        yield Finding(
-            "no_worker",
-            f"{seen.left} of {seen.total} trials are left{told}, and no worker runs or waits",
-            f"start some: `tripletkit tune --config {seen.paths.config}`",
-        )
+        if reached := budget.of_study(seen.shared):
+            more = "`tripletkit tune` with a larger --budget-gpu-hours goes on"
+            yield Finding("budget", str(reached), more, harmless=True)
+        else:
+            yield Finding(
+                "no_worker",
+                f"{seen.left} of {seen.total} trials are left{told}, and no worker runs or waits",
+                f"start some: `tripletkit tune --config {seen.paths.config}`",
+            )
     owners = {
         o["job"] for t in seen.trials if t.state == TrialState.RUNNING and (o := claims.owner(t))
     }

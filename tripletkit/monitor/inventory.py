@@ -26,7 +26,13 @@ if TYPE_CHECKING:
     from tripletkit.tune.storage import SharedStudy
 
 OF_STUDY = ("tune", "tidy", "best")  # the jobs that are called after a study
-OF_RUN = ("train", "evaluate", "bands")  # and those called after the folder of a run
+OF_RUN = (
+    "train",
+    "evaluate",
+    "bands",
+    "embed",
+    "report",
+)  # and those called after the folder of a run
 STAGES = (*OF_STUDY, *OF_RUN, "db")
 
 # How a job ended, as the accounting says, and as far as we can tell ourselves without it.

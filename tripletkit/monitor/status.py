@@ -11,8 +11,9 @@ from typing import Any, NamedTuple
 
 from optuna.trial import FrozenTrial, TrialState
 
+from tripletkit.errors import StorageError
 from tripletkit.monitor.inventory import OF_STUDY, Inventory, Job, owner
-from tripletkit.tune import claims, storage
+from tripletkit.tune import budget, claims, storage
 
 DAY = 86400.0  # seconds; jobs that ended before are history
 OPEN = (TrialState.RUNNING, TrialState.WAITING)
@@ -48,6 +49,7 @@ class Study(NamedTuple):
     best: Best | None
     workers: int  # that run
     seconds_left: float | None  # at this pace, None if nobody can say
+    budget: str | None = None  # that is used up, so that no trial starts
 
 
 class Row(NamedTuple):
@@ -109,7 +111,7 @@ def as_json(status: Status) -> dict[str, Any]:
 
     `study` (null without one): name, storage, objective, direction, total, max_epochs, states
     (number of trials by state), best (number, value, epoch; or null), workers (that run),
-    seconds_left (null if unknown).
+    seconds_left (null if unknown), budget (what is said of one that is used up; else null).
     `trials`: number, state (of Optuna), cause (kind, message; or null), job (id), host, attempt,
     epoch, best, last, seconds (since its newest start).
     `jobs`: id, name, state, reason, node, elapsed, limit (seconds), exit_code, message, trials
@@ -161,7 +163,18 @@ def study_of(inventory: Inventory, trials: Sequence[FrozenTrial], jobs: Iterable
         workers=len(workers),
         # Some work on several trials at once.
         seconds_left=_seconds_left(trials, total, max(len(workers), in_work)),
+        budget=None
+        if len(trials) >= total and not counts[TrialState.WAITING]
+        else _budget(inventory),
     )
+
+
+def _budget(inventory: Inventory) -> str | None:
+    try:
+        reached = budget.of_study(inventory.study())
+    except StorageError:
+        return None
+    return str(reached) if reached else None
 
 
 def _best(trials: Sequence[FrozenTrial], direction: str) -> Best | None:

@@ -54,14 +54,14 @@ def show(inventory: Inventory) -> None:
     if complete:
         log.out.print()
         log.out.print(_best_table(complete, facts.objective, facts.direction))
-    importances = _importances(study, complete)
-    if importances:
+    shares = importances(study, complete)
+    if shares:
         log.out.print()
         table = simple_table("parameter", "importance (PED-ANOVA)")
-        for key, share in importances.items():
+        for key, share in shares.items():
             table.add_row(key, f"{share:.2f}")
         log.out.print(table)
-    elif importances is None:
+    elif shares is None:
         log.out.print(
             f"\nimportance of the parameters: after {ENOUGH} complete trials", soft_wrap=True
         )
@@ -78,13 +78,18 @@ def best(inventory: Inventory, *, as_json: bool) -> None:
         wanted = ("number", "metric", "value", "epoch", "params")
         log.out.print_json(json.dumps(_as_json({key: getattr(found, key) for key in wanted})))
         return
+    log.out.print("\n".join(config_lines(found)), soft_wrap=True)
+
+
+def config_lines(found: best_trial.Best) -> list[str]:
+    """A trial as lines for config.toml."""
     epoch = f" in epoch {found.epoch}" if found.epoch is not None else ""
     lines = [f"# {found.source}: {found.metric} {shown_value(found.value)}{epoch}"]
     for section in ("training", "training_model"):
         values = {k: v for k, v in found.params.items() if section_of(k) == section}
         lines += [f"[{section}]"] if values else []
         lines += [f"{key} = {configuration.toml_value(value)}" for key, value in values.items()]
-    log.out.print("\n".join(lines), soft_wrap=True)
+    return lines
 
 
 def export(inventory: Inventory, path: Path) -> None:
@@ -108,6 +113,23 @@ def export(inventory: Inventory, path: Path) -> None:
     log.out.print(f"wrote {path}: {len(trials)} trials", soft_wrap=True)
 
 
+def importances(study: optuna.Study, complete: Sequence[FrozenTrial]) -> dict[str, float] | None:
+    """Share of each parameter in what makes trials good; None while there are too few.
+
+    Empty where nobody can say: there are no parameters, or the values of the trials are all alike.
+    """
+    if len(complete) < ENOUGH:
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        evaluator = optuna.importance.PedAnovaImportanceEvaluator()
+        warnings.filterwarnings("error", ".*importances will be equal")
+        try:
+            return optuna.importance.get_param_importances(study, evaluator=evaluator)
+        except UserWarning:
+            return {}
+
+
 def _range(range_: Range) -> str:
     if isinstance(range_, Choice):
         return f"one of {', '.join(map(str, range_.choices))}"
@@ -125,23 +147,6 @@ def _best_table(complete: Sequence[FrozenTrial], objective: str, direction: str)
         cells = [f"{value:.4g}" if isinstance(value, float) else str(value) for value in params]
         table.add_row(str(trial.number), shown_value(trial.value), *cells)
     return table
-
-
-def _importances(study: optuna.Study, complete: Sequence[FrozenTrial]) -> dict[str, float] | None:
-    """Share of each parameter in what makes trials good; None while there are too few.
-
-    Empty where nobody can say: there are no parameters, or the values of the trials are all alike.
-    """
-    if len(complete) < ENOUGH:
-        return None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        evaluator = optuna.importance.PedAnovaImportanceEvaluator()
-        warnings.filterwarnings("error", ".*importances will be equal")
-        try:
-            return optuna.importance.get_param_importances(study, evaluator=evaluator)
-        except UserWarning:
-            return {}
 
 
 # Rows

@@ -105,7 +105,9 @@ def summary(study: Study) -> str:
         parts.append(
             f"best: trial {study.best.number}, {study.objective} {shown_value(study.best.value)}{epoch}"
         )
-    if study.seconds_left is not None:
+    if study.budget is not None:
+        parts.append(study.budget)
+    elif study.seconds_left is not None:
         workers = f"{study.workers} worker{'s' if study.workers > 1 else ''}"
         parts.append(f"about {_about(study.seconds_left)} left at this pace of {workers}")
     return "; ".join(parts)

@@ -17,7 +17,7 @@ from tripletkit.train.bandit import Bandit
 from tripletkit.train.group import ALONE, Group
 from tripletkit.train.head import Head
 from tripletkit.train.loss import triplet_loss
-from tripletkit.train.retrieval import merge, retrieve, summarize
+from tripletkit.train.retrieval import Retrieval, merge, retrieve, summarize
 from tripletkit.train.sampler import TripletIndex
 
 BATCH_BYTES = 16 * 2**20  # of gathered rows, in float32
@@ -62,6 +62,7 @@ class Evaluation:
         precision: torch.dtype,
         group: Group = ALONE,
     ) -> None:
+        self.store = store
         self.section = section
         self.group = group
         self.seed = seed
@@ -86,18 +87,28 @@ class Evaluation:
 
     def raw(self) -> dict[str, float]:
         """Retrieval metrics of the embeddings as they are: the baseline."""
-        whole = len(self.rows) == len(self.table)  # no copy of a table that is used as it is
-        table = self.table if whole else torch.index_select(self.table, 0, self.rows)
-        return self._retrieval(table.to(self.device))
+        return self.summary(self.retrieval(self.embeddings()))
 
     def of(self, head: Head) -> dict[str, float]:
         """val_loss on the fixed triplets and the retrieval metrics of the head's output."""
+        projected = self.projected(head)
+        loss = self.loss(projected)
+        return self.group.first({"val_loss": loss, **self.summary(self.retrieval(projected))})
+
+    def embeddings(self) -> Tensor:
+        """The embeddings of `rows` as they are, in their own type, on the device."""
+        whole = len(self.rows) == len(self.table)  # no copy of a table that is used as it is
+        table = self.table if whole else torch.index_select(self.table, 0, self.rows)
+        return table.to(self.device)
+
+    def projected(self, head: Head) -> Tensor:
+        """The head's output for `rows`, float32, on the device."""
         rows = self.rows[self.group.share(len(self.rows))]
         part = project(head, self.table, rows, self.precision)
-        projected = self.group.whole(part, len(self.rows))
-        return self.group.first({"val_loss": self._loss(projected), **self._retrieval(projected)})
+        return self.group.whole(part, len(self.rows))
 
-    def _loss(self, projected: Tensor) -> float:
+    def loss(self, projected: Tensor) -> float:
+        """The mean loss of the fixed triplets."""
         total = 0.0
         for part in self.triplets.split(2**16, dim=1):
             anchor, positive, negative = projected[part.to(self.device)]
@@ -111,7 +122,8 @@ class Evaluation:
             total += float(loss.sum(dtype=torch.float64))
         return total / self.triplets.shape[1]
 
-    def _retrieval(self, embeddings: Tensor) -> dict[str, float]:
+    def retrieval(self, embeddings: Tensor) -> Retrieval:
+        """How well each query finds its building among the embeddings of `rows`, on the CPU."""
         result = retrieve(
             embeddings,
             self.building.to(self.device),
@@ -119,7 +131,11 @@ class Evaluation:
             seed=self.seed,
             share=(self.group.rank, self.group.size),
         )
-        return summarize(merge(self.group.all(result)), self.section.retrieval_metric_top_k)
+        return merge(self.group.all(result))
+
+    def summary(self, result: Retrieval) -> dict[str, float]:
+        """The means over the queries, by name."""
+        return summarize(result, self.section.retrieval_metric_top_k)
 
 
 def better(metric: str, value: float, than: float | None) -> bool:

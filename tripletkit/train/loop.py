@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 
 from tripletkit import config as configuration
-from tripletkit import fsio, log
+from tripletkit import fsio, log, provenance
 from tripletkit.config import Config
 from tripletkit.data.bands import Bands
 from tripletkit.data.store import Store
@@ -56,7 +56,7 @@ class TrainResult:
 
     status: Literal["finished", "stopped"]
     epochs: int
-    steps: int  # of this process
+    steps: int  #: of this process
     metrics: Mapping[str, float]
     raw: Mapping[str, float]
     best_metrics: Mapping[str, float]
@@ -93,6 +93,9 @@ def train(
         if not group.leads:
             return _Run(pieces, progress, paths).go(should_stop)
         fsio.write_text(paths.config, configuration.dump(config))
+        about_data = state.about_data(pieces, data.train, data.val, data.bands)
+        trainer = state.about_trainer(pieces, progress, paths, found[0] if found else None)
+        stack.enter_context(provenance.recorded(paths, config, about_data, trainer))
         file = stack.enter_context(MetricsFile(paths.metrics, progress.metrics_bytes))
         settings = configuration.describe(config)
         trackers = stack.enter_context(open_trackers(config.logging, paths, settings))
@@ -110,7 +113,8 @@ def _sole_use(paths: RunPaths) -> Iterator[None]:
             )
         if lock.sure:
             fsio.remove_leftovers(paths.checkpoints, ".checkpoint_*.pt.*.tmp")
-            fsio.remove_leftovers(paths.root, f".{paths.config.name}.*.tmp")
+            for file in (paths.config, paths.provenance, paths.root / "code_*.diff"):
+                fsio.remove_leftovers(paths.root, f".{file.name}.*.tmp")
         yield
 
 

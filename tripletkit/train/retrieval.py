@@ -33,11 +33,11 @@ GALLERY_PER_THREAD = 512
 class Retrieval:
     """How well each query finds the other images of its building; Q queries in row order."""
 
-    query_rows: Tensor  # int64 [Q] row among the embeddings
-    first_hit_rank: Tensor  # int64 [Q] rank, from 1, of the nearest image of the same building
-    average_precision_at_r: Tensor  # float64 [Q]
-    r_precision: Tensor  # float64 [Q]
-    singletons: int  # images alone in their building: in the gallery, never a query
+    query_rows: Tensor  #: int64 [Q] row among the embeddings
+    first_hit_rank: Tensor  #: int64 [Q] rank, from 1, of the nearest image of the same building
+    average_precision_at_r: Tensor  #: float64 [Q]
+    r_precision: Tensor  #: float64 [Q]
+    singletons: int  #: images alone in their building: in the gallery, never a query
 
 
 def summarize(result: Retrieval, top_k: Sequence[int]) -> dict[str, float]:

@@ -7,9 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from tripletkit.config import Config, TrainingModel
+from tripletkit.data.bands import Bands
+from tripletkit.data.store import Store
 from tripletkit.errors import ConfigError, DataError, RunError
 from tripletkit.log import logger
 from tripletkit.paths import RunPaths
@@ -189,6 +192,46 @@ def restore(pieces: Pieces, path: Path, state: Checkpoint) -> Progress:
         "resuming from %s after %d epochs and %d anchors", path, progress.epoch, progress.place
     )
     return progress
+
+
+def about_data(
+    pieces: Pieces, train: Store, val: Store | None, bands: Bands | None
+) -> dict[str, dict[str, Any]]:
+    """What a run is made of, for people, under the names of the fingerprints."""
+    facts: dict[str, dict[str, Any]] = {
+        name: {
+            "source": str(store.source),
+            "content": store.fingerprint,
+            "rows": len(store.by_building),
+            "buildings": int((store.starts[1:] > store.starts[:-1]).sum()),
+            "dim": store.embeddings.shape[1],
+        }
+        for name, store in (("training embeddings", train), ("validation embeddings", val))
+        if store is not None
+    }
+    if bands is not None:
+        source = pieces.config.paths.difficulty_metadata_path
+        facts["difficulty bands"] = {"source": source and str(source), "bands": bands.count}
+    return {
+        name: {"fingerprint": pieces.fingerprints[name], **each} for name, each in facts.items()
+    }
+
+
+def about_trainer(
+    pieces: Pieces, progress: Progress, paths: RunPaths, start: Path | None
+) -> dict[str, Any]:
+    """How this process computes, and from where it goes on; `start` is the checkpoint, if any."""
+    learner = pieces.learner
+    elsewhere = start is not None and start.parent.absolute() != paths.checkpoints.absolute()
+    return {
+        "device": str(learner.device),
+        "precision": str(learner.precision).removeprefix("torch."),
+        "placement": "device" if isinstance(pieces.step, DeviceStep) else "host",
+        "threads": torch.get_num_threads(),
+        "processes": learner.group.size,
+        "from_step": progress.global_step,
+        "from_checkpoint": str(start) if elsewhere else None,
+    }
 
 
 def _changes(prefix: str, then: dict[str, Any], now: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

@@ -17,16 +17,34 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def begin(path: Path, mark: Mapping[str, Any], *, from_epoch: int, from_step: int = 0) -> None:
-    """Note that an attempt starts; `mark` says whose it is, `from_step` what is on file."""
+def begin(
+    path: Path,
+    mark: Mapping[str, Any],
+    *,
+    from_epoch: int,
+    from_step: int = 0,
+    facts: Mapping[str, float] | None = None,
+) -> None:
+    """Note that an attempt starts; `mark` says whose it is, `from_step` what is on file.
+
+    `facts`: what it holds of its job (`gpus`, `share`), and when the one before it last gave a sign
+    of life (`seen`) and saved its state (`saved`), in Unix seconds. See tune/cost.py.
+    """
     places = {"from_epoch": from_epoch, "from_step": from_step}
-    _write(path, [*read(path), {**mark, "started": fsio.timestamp(), **places}])
+    _write(path, [*read(path), {**mark, "started": fsio.timestamp(), **places, **(facts or {})}])
 
 
-def end(path: Path, outcome: str, *, cause: str | None = None, message: str | None = None) -> None:
-    """Note how the newest attempt ended."""
+def end(
+    path: Path,
+    outcome: str,
+    *,
+    cause: str | None = None,
+    message: str | None = None,
+    at: float | None = None,
+) -> None:
+    """Note how the newest attempt ended, now or `at` these Unix seconds."""
     *before, last = read(path)
-    last |= {"ended": fsio.timestamp(), "outcome": outcome}
+    last |= {"ended": fsio.timestamp(at), "outcome": outcome}
     if cause:
         last |= {"cause": cause, "message": message}
     _write(path, [*before, last])

@@ -8,7 +8,7 @@ the same parameters, reports and checkpoint, at whichever worker takes it.
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -29,6 +29,9 @@ OBJECTIVE = "tripletkit:objective"
 # What the scheduler says of a job: "pending" jobs were requeued and come back, "gone" ones never.
 JobStates = Callable[[Iterable[str]], Mapping[str, JobState]]
 Owners = Mapping[int, Mapping[str, Any]]  # of trials, by number
+# Whether a trial may start, or a new one (None): of all trials, and the numbers of those that are
+# RUNNING while nobody works on them.
+MayStart = Callable[[Sequence[FrozenTrial], Collection[int], FrozenTrial | None], bool]
 
 
 @dataclass(frozen=True)
@@ -74,8 +77,14 @@ def owner(trial: FrozenTrial) -> dict[str, Any] | None:
     return found
 
 
-def claim(shared: SharedStudy, worker: Worker, total: int, job_states: JobStates) -> Claim | None:
-    """The next trial for this worker, or None when nothing is left to do.
+def claim(
+    shared: SharedStudy,
+    worker: Worker,
+    total: int,
+    job_states: JobStates,
+    may_start: MayStart = lambda *_: True,
+) -> Claim | None:
+    """The next trial for this worker, or None when nothing is left to do, or it may not start.
 
     In this order: what this worker worked on before it was killed or requeued; trials whose job is
     gone; trials that were handed back; a new one while there are fewer than `total`; at last,
@@ -86,7 +95,7 @@ def claim(shared: SharedStudy, worker: Worker, total: int, job_states: JobStates
         gone, pending = _by_state(rivals, worker.host, job_states)
         try:
             with shared.turn():
-                return _choose(shared, worker, total, gone, pending)
+                return _choose(shared, worker, total, gone, pending, may_start)
         except TurnLost:
             logger.debug("lost the turn at the study: choosing anew")
 
@@ -97,6 +106,7 @@ def _choose(
     total: int,
     gone: Owners,
     pending: Owners,
+    may_start: MayStart,
 ) -> Claim | None:
     trials = shared.study.get_trials(deepcopy=False)
     running = [t for t in trials if t.state == TrialState.RUNNING]
@@ -108,9 +118,19 @@ def _choose(
     mine = [t for t in running if (mark := owner(t)) and _is_ours(mark, worker)]
     # Owners are written before the turn ends: without one, the creator died in between.
     nobodys = [t for t in running if owner(t) is None]
-    for found in (*mine, *nobodys, *still(gone)):
+    idle = {t.number for t in (*mine, *nobodys, *still(gone), *still(pending))}
+
+    def taken(found: FrozenTrial) -> Claim | None:
+        if not may_start(trials, idle, found):
+            return None
         return _take(shared, worker, optuna.Trial(shared.study, found._trial_id))
-    if len(trials) < total or any(t.state == TrialState.WAITING for t in trials):
+
+    for found in (*mine, *nobodys, *still(gone)):
+        return taken(found)
+    waiting = [t for t in trials if t.state == TrialState.WAITING]
+    if len(trials) < total or waiting:
+        if not may_start(trials, idle, waiting[0] if waiting else None):
+            return None
         trial = shared.study.ask()
         if trial.number >= total and OWNER not in trial.user_attrs:
             # Two at once in their turn, on a file system without locks: one too many.
@@ -118,7 +138,7 @@ def _choose(
             return None
         return _take(shared, worker, trial)
     for found in still(pending):
-        return _take(shared, worker, optuna.Trial(shared.study, found._trial_id))
+        return taken(found)
     return None
 
 

@@ -96,15 +96,17 @@ def open_study(
     workers: int,
     patience: float | None = None,
     should_stop: Callable[[], bool] = bool,
+    read_only: bool = False,
 ) -> SharedStudy:
     """Open the study that `create` made. Workers need different seeds, or they propose the same.
 
     `workers` is how many share the server's connections. `patience`: seconds to wait for a storage
-    that is away, here and in every call (10 minutes); once `should_stop`, only a few. Raises
-    StorageError, ConfigError as `create`.
+    that is away, here and in every call (10 minutes); once `should_stop`, only a few. `read_only`: the
+    database refuses what would change it, and nobody who writes waits for us; a journal file has no
+    such mode. Raises StorageError, ConfigError as `create`.
     """
     retry = Retry(location(tuning), patience, should_stop)
-    backend = _backend(tuning, retry, workers)
+    backend = _backend(tuning, retry, workers, read_only=read_only)
     absent = StorageError(
         f"there is no study {tuning.study_name!r} in {retry.where}",
         hint="`tripletkit tune` creates it; see also --study-name and --storage-path",
@@ -214,14 +216,16 @@ class _Backend(NamedTuple):
     exclusive: Callable[[str], AbstractContextManager[None]]
 
 
-def _backend(tuning: Tuning, retry: Retry, workers: int) -> _Backend:
+def _backend(tuning: Tuning, retry: Retry, workers: int, *, read_only: bool = False) -> _Backend:
     _quiet_optuna()
     kind, path = kind_of(tuning), tuning.storage_path
     if kind == "postgresql":
         server = Server(tuning, retry)
+        begin = "SET TRANSACTION READ ONLY" if read_only else ""
+        url = "postgresql+psycopg2://"
         return _Backend(
             kind,
-            lambda make: _rdb_storage("postgresql+psycopg2://", make, **server.engine(workers)),
+            lambda make: _rdb_storage(url, make, begin, **server.engine(workers)),
             server.exclusive,
         )
     if kind == "sqlite" and _NETWORK.fullmatch(where := filesystem(path)):
@@ -233,7 +237,7 @@ def _backend(tuning: Tuning, retry: Retry, workers: int) -> _Backend:
     def open_(make: bool) -> BaseStorage:
         if kind == "journal":
             return JournalStorage(journal.backend(path))
-        return _open_sqlite(path, make)
+        return _open_sqlite(path, make, read_only)
 
     return _Backend(kind, open_, lambda _: _file_lock(path.with_name(path.name + ".turn"), retry))
 
@@ -245,11 +249,11 @@ def _file_lock(path: Path, retry: Retry) -> Iterator[None]:
         yield
 
 
-def _open_sqlite(path: Path, make: bool) -> RDBStorage:
+def _open_sqlite(path: Path, make: bool, read_only: bool) -> RDBStorage:
     """SQLite as many processes can share it.
 
     Without BEGIN IMMEDIATE two workers get the same waiting trial: a transaction that begins with
-    a read does not lock, and SQLite ignores FOR UPDATE.
+    a read does not lock, and SQLite ignores FOR UPDATE. Who only reads locks nobody out.
     """
 
     def connect() -> sqlite3.Connection:
@@ -258,22 +262,27 @@ def _open_sqlite(path: Path, make: bool) -> RDBStorage:
         )
         connection.execute("PRAGMA journal_mode=WAL")
         connection.execute("PRAGMA synchronous=NORMAL")
+        if read_only:
+            connection.execute("PRAGMA query_only=ON")
         return connection
 
-    storage = _rdb_storage("sqlite:///study", make, creator=connect)
-
-    @event.listens_for(storage.engine, "begin")
-    def _begun(connection: Any) -> None:
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
-
-    return storage
+    begin = "BEGIN" if read_only else "BEGIN IMMEDIATE"
+    return _rdb_storage("sqlite:///study", make, begin, creator=connect)
 
 
-def _rdb_storage(url: str, make: bool, **engine: Any) -> RDBStorage:
+def _rdb_storage(url: str, make: bool, begin: str, **engine: Any) -> RDBStorage:
+    """`begin` is what each transaction begins with."""
     try:
-        return RDBStorage(url, engine_kwargs=engine, skip_table_creation=not make)
+        storage = RDBStorage(url, engine_kwargs=engine, skip_table_creation=not make)
     except RuntimeError as error:  # the tables are of another version of Optuna
         raise ConfigError(f"the study's tables do not fit: {error}") from error
+    if begin:
+
+        @event.listens_for(storage.engine, "begin")
+        def _begun(connection: Any) -> None:
+            connection.exec_driver_sql(begin)
+
+    return storage
 
 
 def _quiet_optuna() -> None:

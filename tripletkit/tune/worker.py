@@ -12,6 +12,7 @@ import optuna
 import torch
 
 from tripletkit import fsio, log
+from tripletkit.cluster.jobs import LOCAL
 from tripletkit.config import Config
 from tripletkit.errors import (
     ConfigError,
@@ -24,7 +25,7 @@ from tripletkit.log import logger
 from tripletkit.paths import StudyPaths, TrialPaths
 from tripletkit.train import checkpoint, loop
 from tripletkit.train.loop import Data
-from tripletkit.tune import attempts, claims, space
+from tripletkit.tune import attempts, budget, claims, cost, space
 from tripletkit.tune.claims import Claim, JobStates, Worker
 from tripletkit.tune.storage import SharedStudy
 
@@ -77,23 +78,30 @@ def run(
     worker: Worker,
     surroundings: Surroundings,
 ) -> Summary:
-    """Work until the study has its total, or until the surroundings say that time is up.
+    """Work until the study has its total or its budget is used up, or until time is up.
 
     Raises RunError after three failed trials in a row, and at once what is no fault of a trial:
     ConfigError, DataError, StorageError.
     """
     should_stop, seconds_left = surroundings.should_stop, surroundings.seconds_left
     summary, failures, needed = Summary(), 0, FIRST_EPOCH_SECONDS
+    slurm, name = not worker.job.startswith(LOCAL), config.tuning.study_name
+    purse, held = budget.Budget(config, paths, slurm=slurm), cost.share(config, slurm=slurm)
     while not should_stop():
         if seconds_left() < needed:
             logger.info("%.0f s to the time limit: too few for another trial", seconds_left())
             break
-        claim = claims.claim(shared, worker, config.tuning.total, surroundings.job_states)
+        total, job_states = config.tuning.total, surroundings.job_states
+        claim = claims.claim(shared, worker, total, job_states, purse.allows)
+        if claim is None and purse.refused:
+            budget.note(shared, purse.refused)
+            logger.info("study %s: %s", name, purse.refused)
+            return summary
         if claim is None:
-            logger.info("nothing left to do in study %s", config.tuning.study_name)
+            logger.info("nothing left to do in study %s", name)
             return summary
         proven = not {"complete", "pruned"}.isdisjoint(summary.ended)
-        trial = _Trial(claim, config, paths.trial(claim.trial.number), proven=proven)
+        trial = _Trial(claim, config, paths.trial(claim.trial.number), held=held, proven=proven)
         ended = trial.run(surroundings.load_data, should_stop)
         needed = trial.first_epoch_seconds or needed
         summary.ended.append(ended.outcome)
@@ -134,16 +142,24 @@ class _Trial:
     """One attempt at one trial."""
 
     def __init__(
-        self, claim: Claim, config: Config, paths: TrialPaths, *, proven: bool = False
+        self,
+        claim: Claim,
+        config: Config,
+        paths: TrialPaths,
+        *,
+        held: Mapping[str, float] | None = None,
+        proven: bool = False,
     ) -> None:
-        """`proven`: this worker has trained another trial, so that it can."""
+        """`held`: its part of the job. `proven`: this worker has trained another, so it can."""
         self.claim = claim
+        self.held = held or {}
         self.proven = proven
         self.trial = claim.trial
         self.config = config
         self.objective = config.tuning.objective
         self.paths = paths
         self.attempting = False
+        self.signs: Mapping[str, float] = {}
         self.began = 0.0
         self.first_epoch_seconds: float | None = None
         self.asked_at = -float("inf")
@@ -151,6 +167,7 @@ class _Trial:
 
     def run(self, load_data: Callable[[Config], Data], should_stop: Callable[[], bool]) -> Ended:
         """Train the trial, or go on with it, and tell the study how it ended."""
+        self.signs = cost.signs_of_life(self.paths)  # of the attempt before this one
         with log.also_to(self.paths.log):
             try:
                 if (kills := attempts.killed_in_a_row(self.paths.attempts)) >= KILLS_IN_A_ROW:
@@ -161,6 +178,7 @@ class _Trial:
                     self.claim.owner,
                     from_epoch=max(self._reported(), default=0),
                     from_step=self._step_on_file(),
+                    facts={**self.held, **self.signs},
                 )
                 self.attempting = True
                 return self._train(load_data, should_stop)
@@ -271,7 +289,8 @@ class _Trial:
         logger.error("trial %d failed (%s): %s", self.trial.number, kind, message)
         self.claim.fail(kind, message)
         if self.paths.attempts.exists():
-            attempts.end(self.paths.attempts, "failed", cause=kind, message=message)
+            at = None if self.attempting else self.signs.get("seen")  # it was killed before we came
+            attempts.end(self.paths.attempts, "failed", cause=kind, message=message, at=at)
         return Ended("failed")
 
     def _taken_over(self) -> Ended:

@@ -1,0 +1,337 @@
+"""The budget of a study: which trials start, how it ends, and who is told."""
+
+import json
+import multiprocessing
+import os
+import re
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from optuna.trial import TrialState
+
+from tests import fleet
+from tests.cluster import ACCOUNT
+from tests.test_cost import line, write, write_config
+from tests.test_fleet import assert_no_secret, logs_of, open_study, trials_of
+from tests.test_notify import TOKEN, Hook
+from tripletkit import config as configuration
+from tripletkit import endings, fsio, notify, submission
+from tripletkit.config import Config
+from tripletkit.paths import StudyPaths
+from tripletkit.tune import budget, claims, cost, storage
+from tripletkit.tune.claims import Worker
+
+HOUR = 3600.0
+
+
+class Fleet:
+    """A study whose trials are written by hand: their marks, and their lines in attempts.jsonl."""
+
+    def __init__(self, folder: Path, limit: float, total: int = 20) -> None:
+        self.config = write_config(
+            folder, tuning={"n_trials": total, "budget_gpu_hours": limit, "sampler": "random"}
+        )
+        self.paths = StudyPaths(folder / "s")
+        where = {"storage_path": folder / "study.db", "study_name": "s"}
+        self.shared = storage.create(self.config.tuning.model_copy(update=where))
+
+    def trial(self, state: str, hours: float = 0.0, *, job: str = "1") -> int:
+        """Add a trial that took so long, or has been running for so long."""
+        trial, now = self.shared.study.ask(), time.time()
+        since = fsio.timestamp(now - HOUR * hours)
+        mark = {"job": job, "slot": 0, "host": "n1", "attempt": 1, "since": since}
+        trial.set_user_attr(claims.OWNER, mark)
+        lines = {**line(0), "attempt": 1, "started": since, "gpus": 1.0, "share": 1.0}
+        if state != "RUNNING":
+            outcome = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed"}.get(state)
+            lines |= {"ended": fsio.timestamp(now), "outcome": outcome or "stopped"}
+        write(self.paths, trial.number, lines)
+        if state == "WAITING":
+            self.shared.study._storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)
+        elif state != "RUNNING":
+            value = 0.5 if state == "COMPLETE" else None
+            if state == "PRUNED":
+                trial.report(0.5, 0)
+            self.shared.study.tell(trial, value, state=TrialState[state])
+        return trial.number
+
+    def purse(self) -> budget.Budget:
+        return budget.Budget(self.config, self.paths, slurm=True)
+
+    def claim(self, job: str = "9", state: str = "running", purse=None) -> int | None:
+        """The trial that a worker gets, while all other jobs are in this state."""
+        found = claims.claim(
+            self.shared, Worker(job, 0, "n1", 1), self.config.tuning.total,
+            lambda ids: dict.fromkeys(ids, state), (purse or self.purse()).allows,
+        )  # fmt: skip
+        return found.trial.number if found else None
+
+
+@pytest.mark.parametrize(
+    ("limit", "trials", "starts"),
+    [
+        (0.0, [("COMPLETE", 100)], True),  # no budget
+        (0.1, [], True),  # nobody knows yet what a trial costs
+        (0.1, [("RUNNING", 0.05)], True),
+        (0.1, [("RUNNING", 0.15)], False),  # what runs has used it up
+        (3.1, [("COMPLETE", 1), ("PRUNED", 1)], True),  # 2 and 1 to come
+        (2.9, [("COMPLETE", 1), ("PRUNED", 1)], False),
+        (2.9, [("COMPLETE", 1), ("PRUNED", 0.5)], True),  # 1.5 and 0.75
+        (3.9, [("COMPLETE", 1), ("COMPLETE", 1), ("RUNNING", 0.2)], False),  # 2, 1 and 1
+        (4.1, [("COMPLETE", 1), ("COMPLETE", 1), ("RUNNING", 0.2)], True),
+        (5.0, [("COMPLETE", 1), ("COMPLETE", 1), ("RUNNING", 2.1)], False),  # longer than expected
+        (5.2, [("COMPLETE", 1), ("COMPLETE", 1), ("RUNNING", 2.1)], True),
+        (2.9, [("COMPLETE", 1), ("FAIL", 1)], False),  # failed ones cost
+        (2.2, [("COMPLETE", 1), ("FAIL", 0.1)], True),  # and say nothing of those to come
+    ],
+)
+def test_a_trial_starts_if_it_can_end_within_the_budget(tmp_path, limit, trials, starts):
+    made = Fleet(tmp_path, limit)
+    for state, hours in trials:
+        made.trial(state, hours)
+    assert made.claim() == (len(trials) if starts else None)
+
+
+@pytest.mark.parametrize(("limit", "goes_on"), [(1.9, False), (2.1, True)])
+def test_one_that_was_handed_back_needs_the_rest_of_its_time(tmp_path, limit, goes_on):
+    """1 hour complete, 0.4 done, 0.6 to come."""
+    made = Fleet(tmp_path, limit)
+    made.trial("COMPLETE", 1)
+    waiting = made.trial("WAITING", 0.4)
+    purse = made.purse()
+    assert made.claim(purse=purse) == (waiting if goes_on else None)
+    if not goes_on:
+        assert str(purse.refused) == (
+            "budget of 1.9 GPU-hours reached (1.4 spent): 1 of 20 trials done"
+        )
+
+
+@pytest.mark.parametrize("state", ["gone", "pending"])
+def test_one_whose_worker_is_gone_cost_time_until_its_last_sign_of_life(tmp_path, state):
+    """Its mark is two days old, and it worked for half an hour."""
+    made = Fleet(tmp_path, 3.0, total=2)
+    made.trial("COMPLETE", 1)
+    number = made.trial("RUNNING", 48)
+    metrics, seen = made.paths.trial(number).metrics, time.time() - 47.5 * HOUR
+    metrics.touch()
+    os.utime(metrics, (seen, seen))
+    assert made.claim(state="running") is None
+    assert made.claim(state=state) == number
+
+
+@pytest.mark.parametrize(("limit", "goes_on"), [(2.5, False), (3.5, True)])
+def test_a_requeued_worker_goes_on_with_its_trial_only_within_the_budget(tmp_path, limit, goes_on):
+    made = Fleet(tmp_path, limit)
+    made.trial("COMPLETE", 1)
+    number = made.trial("RUNNING", 2, job="9")
+    metrics = made.paths.trial(number).metrics
+    metrics.touch()  # until now
+    assert made.claim("9") == (number if goes_on else None)
+
+
+def test_workers_that_claim_one_after_another_do_not_overshoot(tmp_path):
+    """8 hours spent by trials of 1 hour, and 13 to spend: 5 of 10 workers get one."""
+    made = Fleet(tmp_path, 13.01, total=100)
+    for _ in range(8):
+        made.trial("COMPLETE", 1)
+    got = [made.claim(str(100 + n)) for n in range(10)]
+    assert got == [8, 9, 10, 11, 12, *[None] * 5]
+
+
+def _claim(config: Config, paths: StudyPaths, job: str, start, got) -> None:
+    shared = storage.open_study(config.tuning, seed=0, workers=1)
+    purse = budget.Budget(config, paths, slurm=True)
+    start.wait()
+    found = claims.claim(
+        shared, Worker(job, 0, "n1", 1), 100, lambda ids: dict.fromkeys(ids, "running"), purse.allows
+    )  # fmt: skip
+    got.put(found.trial.number if found else None)
+
+
+def test_workers_that_claim_at_once_do_not_overshoot(tmp_path):
+    """3 hours spent by trials of 1 hour, and 5 to spend: 2 of 5 processes get one."""
+    made = Fleet(tmp_path, 5.01, total=100)
+    for _ in range(3):
+        made.trial("COMPLETE", 1)
+    config = configuration.with_values(made.config, tuning={"storage_path": tmp_path / "study.db"})
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.test_budget"])
+    start, got = context.Barrier(5), context.Queue()
+    family = [
+        context.Process(target=_claim, args=(config, made.paths, str(n), start, got))
+        for n in range(100, 105)
+    ]
+    for each in family:
+        each.start()
+    numbers = [got.get(timeout=120) for _ in family]
+    for each in family:
+        each.join()
+    assert sorted(n for n in numbers if n is not None) == [3, 4]
+
+
+def test_the_lines_of_a_trial_that_is_over_are_read_once(tmp_path, monkeypatch):
+    made = Fleet(tmp_path, 100)
+    for _ in range(5):
+        made.trial("COMPLETE", 1)
+    read, asked = budget.records.read, []
+    monkeypatch.setattr(budget.records, "read", lambda path: (asked.append(path), read(path))[1])
+    purse = made.purse()
+    for job in "345":
+        assert made.claim(job, purse=purse) is not None
+    assert len(asked) == 5
+
+
+def test_without_gpus_the_budget_is_in_hours_of_workers(tmp_path):
+    config = write_config(
+        tmp_path, slurm={"gpus": 0}, tuning={"budget_gpu_hours": 2, "trials_per_gpu": 2}
+    )
+    purse = budget.Budget(config, StudyPaths(tmp_path / "s"), slurm=True)
+    assert (purse.unit, purse.weight) == (cost.WORKER_HOURS, 0.5)
+
+
+def test_what_the_study_keeps_of_it(tmp_path):
+    made = Fleet(tmp_path, 2.5)
+    made.trial("COMPLETE", 1)
+    made.trial("COMPLETE", 1)
+    reached = endings.budget_reached(made.config, made.shared, slurm=True)
+    assert reached is not None
+    assert budget.of_study(made.shared) == reached
+    assert (reached.done, reached.total, reached.unit) == (2, 20, "GPU-hours")
+    assert reached.spent == pytest.approx(2, abs=0.01)
+    larger = configuration.with_values(made.config, tuning={"budget_gpu_hours": 3.5})
+    assert endings.budget_reached(larger, made.shared, slurm=True) is None
+    assert budget.of_study(made.shared) is None
+
+
+# --- real workers ----------------------------------------------------------------------------
+
+BUDGET = 8 / HOUR  # worker-hours: some trials of a second or a few
+TRIALS = 60
+
+
+def spent(config: Path) -> cost.Spent:
+    return cost.spent(fleet.study_paths(config), open_study(config).study)
+
+
+def assert_stopped_by_its_budget(config: Path, hook: Hook) -> dict:
+    """Some trials are complete, none is open, and one message says so; returns its facts."""
+    trials = trials_of(config)
+    assert 0 < len(trials) < TRIALS
+    assert {t.state.name for t in trials} == {"COMPLETE"}
+    ((path, message),) = hook.got
+    assert path == f"/services/{TOKEN}"
+    facts = message["tripletkit"]
+    assert (facts["event"], facts["status"], facts["study"]) == ("study", "budget", "small")
+    assert (facts["done"], facts["complete"], facts["total"]) == (len(trials), len(trials), TRIALS)
+    assert facts["spent"] == pytest.approx(spent(config).gpu_hours, abs=1e-3)
+    assert f"{facts['unit']} reached (" in message["text"]
+    assert facts["best_value"] == max(t.value for t in trials)
+    assert not fleet.study_paths(config).webhook.exists()
+    return facts
+
+
+def test_a_study_ends_with_its_budget_and_goes_on_with_a_larger_one(tmp_path):
+    config = fleet.write_config(tmp_path, tuning={"n_trials": TRIALS, "max_epochs": 4})
+    flags = ("-c", config, "--cluster", "local", "--workers", "2")
+    with Hook(200) as hook:
+        fleet.tripletkit(
+            "tune", *flags, "--budget-gpu-hours", str(BUDGET),
+            environment={notify.VARIABLE: hook.url},
+        )  # fmt: skip
+        said = fleet.tripletkit("wait", "-c", config)
+        fleet.until(lambda: hook.got, lambda: "no message", deadline=60)
+    assert re.search(r"budget of 0\.00\d+ worker-hours reached", said), said
+    facts = assert_stopped_by_its_budget(config, hook)
+    assert facts["unit"] == "worker-hours"
+    status = json.loads(fleet.tripletkit("status", "-c", config, "--json"))
+    assert "worker-hours reached" in status["study"]["budget"]
+    before = len(trials_of(config))
+    again = fleet.tripletkit("tune", *flags, "--budget-gpu-hours", str(BUDGET))
+    assert "a larger --budget-gpu-hours goes on" in again
+    assert "local job" not in again
+    total = ("--n-trials", str(before + 1), "--budget-gpu-hours", "0")
+    fleet.tripletkit("tune", "-c", config, "--cluster", "here", *total)
+    assert len(trials_of(config)) == before + 1
+    status = json.loads(fleet.tripletkit("status", "-c", config, "--json"))
+    assert status["study"]["budget"] is None
+
+
+def test_the_last_of_local_workers_tells_that_the_study_is_done(tmp_path):
+    config = fleet.write_config(tmp_path, tuning={"n_trials": 3, "max_epochs": 1})
+    with Hook(200) as hook:
+        fleet.tripletkit(
+            "tune", "-c", config, "--cluster", "here", "--trials-per-gpu", "2",
+            "--webhook", hook.url,
+        )  # fmt: skip
+    ((_, message),) = hook.got
+    assert message["tripletkit"]["status"] == "done"
+    assert message["text"].startswith("study small: done, 3 trials (3 complete); best map@r 0.")
+
+
+@pytest.mark.parametrize("url", ["https://example.org/new", None])
+def test_what_cannot_start_leaves_no_address_behind(tmp_path, url):
+    """And takes none away that another start needs."""
+    file = tmp_path / ".webhook"
+    notify.keep(file, "https://example.org/old")
+
+    def start() -> None:
+        with submission._told(file, url):
+            assert file.read_text() == f"{url or 'https://example.org/old'}\n"
+            raise OSError("no room")
+
+    with pytest.raises(OSError, match="no room"):
+        start()
+    assert file.exists() == (url is None)
+
+
+def wait_for_mail(slurm, count: int) -> list[str]:
+    fleet.until(lambda: len(slurm.mails()) >= count, lambda: str(slurm.mails()), deadline=60)
+    return slurm.mails()
+
+
+def test_on_slurm(slurm, tmp_path):
+    """Two workers with a GPU each, a budget, mail and a webhook; then a fleet that fails."""
+    config = fleet.write_config(
+        tmp_path, tuning={"n_trials": TRIALS, "max_epochs": 4}, slurm={"gpus": 1}
+    )
+    start = ("tune", "-c", config, "--cluster", "slurm", "--account", ACCOUNT, "--workers", "2",
+             "--mail", "me@example.org", "--budget-gpu-hours", str(BUDGET))  # fmt: skip
+    shown = subprocess.run(
+        [fleet.COMMAND, *map(str, start), "--dry-run"], capture_output=True, text=True, check=True
+    )
+    assert shown.stdout.startswith("#!/bin/bash")
+    assert "--mail-user=me@example.org" in shown.stdout
+    assert "--mail-type=FAIL" in shown.stdout, "the end is that of the job behind the workers"
+    assert "at most" not in shown.stdout, "it is there to be copied"
+    assert "at most 1 GPU-hours: workers (2) x time limit (0.5 h) x GPUs (1)" in shown.stderr
+    before = slurm.mails()
+    with Hook(200) as hook:
+        said = fleet.tripletkit(*start, environment={notify.VARIABLE: hook.url})
+        jobs = re.findall(r"slurm job (\d+)", said)
+        assert len(jobs) == 2, said
+        assert_no_secret(slurm, tmp_path / "logs", TOKEN, jobs)
+        fleet.wait_for_empty_queue(slurm, logs_of(config), deadline=240)
+    facts = assert_stopped_by_its_budget(config, hook)
+    assert facts["unit"] == "GPU-hours"
+    states = slurm.run("sacct", "-X", "-n", "-P", "--format=State", f"--jobs={','.join(jobs)}")
+    assert set(states.split()) == {"COMPLETED"}
+    assert "GPU-hours reached" in fleet.tripletkit("wait", "-c", config)
+    assert_no_secret(slurm, tmp_path, TOKEN, jobs)
+    (mail,) = wait_for_mail(slurm, len(before) + 1)[len(before) :]
+    assert "Name=tidy:small Ended" in mail, "one for the study, none for its workers"
+    assert "me@example.org" in mail
+
+    # There is no GPU: the workers fail, and with them the study.
+    failing = ("--set", "training.device=cuda", "--budget-gpu-hours", "0")
+    with Hook(200) as hook:
+        fleet.tripletkit(*start[:-2], *failing, "--webhook", hook.url)
+        fleet.wait_for_empty_queue(slurm, logs_of(config), deadline=240)
+    ((_, message),) = hook.got
+    assert message["tripletkit"]["status"] == "stopped"
+    assert "and no worker is left" in message["text"]
+    assert_no_secret(slurm, tmp_path, TOKEN, jobs)
+    mails = wait_for_mail(slurm, len(before) + 3)[len(before) + 1 :]
+    assert sum("Name=tune:small Failed" in mail for mail in mails) == 1, mails
+    assert sum("Name=tidy:small Ended" in mail for mail in mails) == 1, mails

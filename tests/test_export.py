@@ -1,0 +1,627 @@
+"""A trained head as files for other programs: the same function, whole or absent, with its story."""
+
+import json
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+import yaml
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from markdown_it import MarkdownIt
+from safetensors import safe_open
+
+from tests import fleet, toy
+from tripletkit import cli, fsio, inputs, stages
+from tripletkit import config as configuration
+from tripletkit.apply import card, export, facts
+from tripletkit.config import Config, TrainingModel
+from tripletkit.data.store import open_store
+from tripletkit.errors import ConfigError, DataError, Interrupted, RunError
+from tripletkit.paths import RunPaths, StudyPaths, run_paths
+from tripletkit.train.head import Head
+
+PAGE = Path(__file__).parent.parent / "docs/how-to/use-elsewhere.md"
+BLOCKS = re.findall(r"^```python\n(.*?)^```$", PAGE.read_text(), re.MULTILINE | re.DOTALL)
+# By what they need, and how to tell.
+SNIPPETS = {
+    name: next(block for block in BLOCKS if sign in block)
+    for name, sign in (
+        ("numpy", "from safetensors.numpy"), ("onnxruntime", "import onnxruntime"),
+        ("torch", "from safetensors.torch"),
+    )
+}  # fmt: skip
+
+
+def load(snippet: str, folder: Path):
+    names: dict = {}
+    exec(SNIPPETS[snippet], names)
+    return names["load_head"](folder)
+
+
+def configured(folder: Path, **model) -> Config:
+    start = {} if model.get("use_residual", True) else {"training": {"init": "random"}}
+    return configuration.with_values(
+        Config(), global_={"scratch_dir": folder}, training_model=model, **start
+    )
+
+
+def random_head(section: TrainingModel, dim: int, seed: int = 0) -> Head:
+    """As after a long training: no weight, also no norm, is what it starts as."""
+    torch.manual_seed(seed)
+    head = Head(section, dim).eval()
+    with torch.no_grad():
+        for name, parameter in head.named_parameters():
+            if "norm" in name:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return head
+
+
+def of_another_trainer(head: Head, folder: Path, **more) -> Path:
+    """A checkpoint that holds nothing but weights."""
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save({"model_state_dict": head.state_dict(), **more}, folder / "checkpoint.pt")
+    return folder / "checkpoint.pt"
+
+
+def project(head: Head, rows: np.ndarray) -> np.ndarray:
+    with torch.no_grad():
+        return head(torch.from_numpy(rows)).numpy()
+
+
+def everything_in(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+# --- the same function -----------------------------------------------------------------------
+
+
+def test_the_page_has_the_snippets_of_the_card():
+    assert SNIPPETS["torch"] == card.WITH_TORCH
+    assert SNIPPETS["onnxruntime"] == card.WITH_ONNX
+
+
+def plain(**changes) -> TrainingModel:
+    return TrainingModel(**{"hidden_dim": 20, "output_dim": 6, **changes})
+
+
+heads = st.builds(
+    TrainingModel,
+    hidden_dim=st.integers(8, 24),
+    num_hidden_layers=st.integers(1, 3),
+    hidden_dim_multiplier=st.sampled_from([0.5, 1.0, 1.7]),
+    activation=st.sampled_from(["gelu", "silu", "relu"]),
+    output_dim=st.integers(2, 9),
+    use_residual=st.booleans(),
+    use_layer_norm=st.booleans(),
+)
+
+
+@settings(max_examples=15, deadline=None)
+@given(heads, st.integers(1, 12), st.lists(st.integers(1, 70), min_size=1, max_size=3))
+@example(plain(activation="gelu"), 5, [1])
+@example(plain(activation="silu", use_layer_norm=False), 5, [1, 300])
+@example(plain(activation="relu", use_residual=False), 5, [2])
+@example(plain(num_hidden_layers=2, use_residual=False, use_layer_norm=False), 5, [3])
+@example(plain(num_hidden_layers=3, hidden_dim_multiplier=0.5, activation="silu"), 1, [64])
+def test_every_file_is_the_same_function_as_the_head(tmp_path_factory, section, dim, sizes):
+    folder = tmp_path_factory.mktemp("head")
+    head = random_head(section, dim)
+    checkpoint = of_another_trainer(head, folder / "run")
+    config = configured(folder, **section.model_dump(exclude={"input_dim"}))
+    export.export(config, folder / "exported", checkpoint=checkpoint)
+    for snippet in SNIPPETS:
+        load_again = load(snippet, folder / "exported")
+        for size in sizes:
+            rows = np.random.default_rng(size).normal(size=(size, dim)).astype(np.float32)
+            np.testing.assert_allclose(load_again(rows), project(head, rows), rtol=0, atol=1e-5)
+
+
+def test_a_vector_of_no_length_stays_one_without_nan(tmp_path):
+    section = plain(use_layer_norm=False, use_residual=False)
+    head = Head(section, 5).eval()
+    with torch.no_grad():
+        head.output_layer.weight.zero_()
+        head.output_layer.bias.zero_()
+    config = configured(tmp_path, **section.model_dump(exclude={"input_dim"}))
+    export.export(config, tmp_path / "out", checkpoint=of_another_trainer(head, tmp_path))
+    for snippet in SNIPPETS:
+        assert (np.asarray(load(snippet, tmp_path / "out")(np.ones((2, 5), np.float32))) == 0).all()
+
+
+def test_half_precision_rows_are_taken(tmp_path):
+    head = random_head(plain(), 5)
+    config = configured(tmp_path, hidden_dim=20, output_dim=6)
+    export.export(config, tmp_path / "out", checkpoint=of_another_trainer(head, tmp_path))
+    rows = np.random.default_rng(0).normal(size=(4, 5)).astype(np.float16)
+    for snippet in SNIPPETS:
+        again = load(snippet, tmp_path / "out")(rows)
+        np.testing.assert_allclose(again, project(head, rows.astype(np.float32)), atol=1e-5)
+
+
+def test_the_snippets_need_no_tripletkit_and_two_of_them_no_torch(tmp_path):
+    head = random_head(plain(), 5)
+    config = configured(tmp_path, hidden_dim=20, output_dim=6)
+    export.export(config, tmp_path / "fonts-head", checkpoint=of_another_trainer(head, tmp_path))
+    rows = np.random.default_rng(0).normal(size=(4, 5)).astype(np.float32)
+    np.save(tmp_path / "rows.npy", rows)
+    use = next(block for block in BLOCKS if block.startswith("vectors = "))
+    code = "import sys\nimport numpy as np\nembeddings = np.load('rows.npy')\n"
+    code += "sys.modules |= {'tripletkit': None, 'torch': None}\n"
+    for snippet, text in SNIPPETS.items():
+        code += "del sys.modules['torch']\n" if snippet == "torch" else ""
+        code += f"{text}\n{use}np.save('{snippet}.npy', np.asarray(vectors))\n"
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    for snippet in SNIPPETS:
+        again = np.load(tmp_path / f"{snippet}.npy")
+        np.testing.assert_allclose(again, project(head, rows), rtol=0, atol=1e-5)
+
+
+def test_the_onnx_file_says_what_it_is(tmp_path):
+    section = plain(num_hidden_layers=2)
+    head = random_head(section, 5)
+    config = configured(tmp_path, hidden_dim=20, output_dim=6, num_hidden_layers=2)
+    export.export(config, tmp_path / "out", checkpoint=of_another_trainer(head, tmp_path, epoch=7))
+    model = onnx.load(tmp_path / "out/model.onnx", load_external_data=False)
+    onnx.checker.check_model(model, full_check=True)
+    assert [(each.domain, each.version) for each in model.opset_import] == [("", 17)]
+    ((given_,), (made,)) = model.graph.input, model.graph.output
+    for value, name, width in ((given_, "embedding", 5), (made, "projection", 6)):
+        tensor = value.type.tensor_type
+        assert value.name == name
+        assert tensor.elem_type == onnx.TensorProto.FLOAT
+        assert [d.dim_param or d.dim_value for d in tensor.shape.dim] == ["batch", width]
+    weights = {each.name for each in model.graph.initializer}
+    assert weights - {"half", "one", "sqrt_half", "norm_floor"} == set(head.state_dict())
+    assert not any(onnx.external_data_helper.uses_external_data(w) for w in model.graph.initializer)
+    notes = {each.key: each.value for each in model.metadata_props}
+    assert notes["epoch"] == "7"
+    assert notes["checkpoint"] == "checkpoint.pt"
+    assert re.fullmatch("[0-9a-f]{64}", notes["checkpoint_sha256"])
+
+
+def test_safetensors_hold_the_weights_as_they_are_and_equal_exports_are_equal(tmp_path):
+    head = random_head(plain(), 5)
+    config = configured(tmp_path, hidden_dim=20, output_dim=6)
+    checkpoint = of_another_trainer(head, tmp_path)
+    for name in ("a/head", "b/head"):
+        export.export(config, tmp_path / name, checkpoint=checkpoint)
+    assert everything_in(tmp_path / "a") == everything_in(tmp_path / "b")
+    with safe_open(tmp_path / "a/head/model.safetensors", "pt") as file:
+        assert set(file.keys()) == set(head.state_dict())
+        assert all(torch.equal(file.get_tensor(k), v) for k, v in head.state_dict().items())
+
+
+def test_an_onnx_file_that_is_another_function_is_never_left(tmp_path, monkeypatch):
+    head = random_head(plain(use_layer_norm=False), 5)
+    config = configured(tmp_path, hidden_dim=20, output_dim=6, use_layer_norm=False)
+    monkeypatch.setitem(export.CONSTANTS, "sqrt_half", 0.7)  # a gelu that is none
+    with pytest.raises(RunError, match="do not agree on the exported head") as caught:
+        export.export(config, tmp_path / "out", checkpoint=of_another_trainer(head, tmp_path))
+    assert "--format safetensors" in caught.value.hint
+    assert [p.name for p in tmp_path.iterdir()] == ["checkpoint.pt"]
+
+
+def test_rows_of_the_configured_data_are_compared_where_there_are_any(tmp_path, caplog):
+    head = random_head(plain(), 8)
+    checkpoint = of_another_trainer(head, tmp_path)
+    toy.write_parquet(tmp_path / "train.parquet", dim=8)
+    toy.write_parquet(tmp_path / "val.parquet", dim=9)  # of another model
+    paths = {"train_parquet_path": tmp_path / "train.parquet",
+             "val_parquet_path": tmp_path / "val.parquet"}  # fmt: skip
+    config = configuration.with_values(
+        configured(tmp_path, hidden_dim=20, output_dim=6), paths=paths
+    )
+    export.export(config, tmp_path / "with", checkpoint=checkpoint)
+    assert f"compared with torch on 80 rows of {tmp_path / 'train.parquet'}" in caplog.text
+    (tmp_path / "train.parquet").unlink()
+    export.export(config, tmp_path / "without", checkpoint=checkpoint)
+    assert "compared with torch on random rows" in caplog.text
+    assert not (tmp_path / "cache").exists()  # a look at the data builds no copy of it
+
+
+# --- what it takes ---------------------------------------------------------------------------
+
+
+def test_weights_that_do_not_fit_the_configuration_are_named(tmp_path):
+    checkpoint = of_another_trainer(random_head(plain(), 5), tmp_path)
+    config = configured(tmp_path, hidden_dim=21, output_dim=6)
+    with pytest.raises(DataError, match=r"output_layer.weight: \[6, 20\] in the checkpoint"):
+        export.export(config, tmp_path / "out", checkpoint=checkpoint)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_head_for_other_embeddings_is_refused_by_width(tmp_path):
+    checkpoint = of_another_trainer(random_head(plain(), 5), tmp_path, epoch=3)
+    config = configured(tmp_path, hidden_dim=20, output_dim=6)
+    head, epoch = inputs.load_head(config, checkpoint, 5)
+    assert (head.training, epoch) == (False, 3)
+    with pytest.raises(DataError, match="takes vectors of 5 numbers, not 6"):
+        inputs.load_head(config, checkpoint, 6)
+
+
+def test_a_head_that_went_wrong_is_refused(tmp_path):
+    head = random_head(plain(), 5)
+    with torch.no_grad():
+        head.output_layer.bias[0] = float("nan")
+    config = configured(tmp_path, hidden_dim=20, output_dim=6)
+    with pytest.raises(DataError, match="weights that are NaN or infinite"):
+        export.export(config, tmp_path / "out", checkpoint=of_another_trainer(head, tmp_path))
+
+
+@pytest.mark.parametrize("missing", ["onnx", "onnxruntime"])
+def test_a_missing_package_is_named_with_the_extra(tmp_path, monkeypatch, missing):
+    checkpoint = of_another_trainer(random_head(plain(), 5), tmp_path)
+    config = configured(tmp_path, hidden_dim=20, output_dim=6)
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(ConfigError, match="--format onnx needs onnx and onnxruntime") as caught:
+        export.export(config, tmp_path / "out", checkpoint=checkpoint)
+    assert caught.value.hint == "pip install 'tripletkit[export]'"
+    written = export.export(
+        config, tmp_path / "out", checkpoint=checkpoint, formats=["safetensors"]
+    )
+    assert [p.name for p in written] == ["model.safetensors", "README.md", "config.json"]
+
+
+# --- the folder ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def small(tmp_path) -> tuple[Config, Path]:
+    """A configuration, and a checkpoint that fits it."""
+    checkpoint = of_another_trainer(random_head(plain(), 5), tmp_path / "run")
+    return configured(tmp_path, hidden_dim=20, output_dim=6), checkpoint
+
+
+def test_an_existing_folder_is_only_replaced_when_asked(small, tmp_path):
+    config, checkpoint = small
+    out = tmp_path / "deep/er/out"
+    export.export(config, out, checkpoint=checkpoint)
+    first = everything_in(out)
+    other = of_another_trainer(random_head(plain(), 5, seed=1), tmp_path / "other")
+    with pytest.raises(ConfigError, match="out exists") as caught:
+        export.export(config, out, checkpoint=other)
+    assert "--force" in caught.value.hint
+    assert everything_in(out) == first
+    export.export(config, out, checkpoint=other, force=True)
+    second = everything_in(out)
+    assert second.keys() == first.keys()
+    assert all(second[name] != first[name] for name in first)
+    assert list(out.parent.iterdir()) == [out]
+
+
+def test_what_is_not_of_an_export_survives_force(small, tmp_path):
+    config, checkpoint = small
+    out = tmp_path / "clone"
+    (out / ".git").mkdir(parents=True)
+    (out / ".git/HEAD").write_text("ref: refs/heads/main\n")
+    (out / "notes.txt").write_text("mine")
+    export.export(config, out, checkpoint=checkpoint, force=True)
+    assert len(everything_in(out)) == 6
+    export.export(config, out, checkpoint=checkpoint, formats=["safetensors"], force=True)
+    assert (out / ".git/HEAD").read_text() == "ref: refs/heads/main\n"
+    assert (out / "notes.txt").read_text() == "mine"
+    assert not (out / "model.onnx").exists()  # it would be that of the head before
+
+
+@pytest.mark.parametrize("name", ["README.md", "config.json", "model.onnx"])
+def test_a_file_of_somebody_else_is_not_replaced(small, tmp_path, name):
+    config, checkpoint = small
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project" / name).write_text('{"hello": "world"}')
+    before = everything_in(tmp_path)
+    with pytest.raises(ConfigError, match=f"holds a {name}.*--force would destroy it"):
+        export.export(config, tmp_path / "project", checkpoint=checkpoint, force=True)
+    assert everything_in(tmp_path) == before
+
+
+def test_a_file_in_the_place_of_the_folder(small, tmp_path):
+    config, checkpoint = small
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(ConfigError, match="out is a file"):
+        export.export(config, tmp_path / "out", checkpoint=checkpoint, force=True)
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_a_full_disk_leaves_what_was_there(small, tmp_path, before):
+    config, checkpoint = small
+    if before:
+        export.export(config, tmp_path / "out", checkpoint=checkpoint)
+    there = everything_in(tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(RunError, match="out cannot be written: File too large"):
+            export.export(config, tmp_path / "out", checkpoint=checkpoint, force=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert everything_in(tmp_path) == there
+    assert {p.name for p in tmp_path.iterdir()} == {"run", *(["out"] if before else [])}
+
+
+# --- the card --------------------------------------------------------------------------------
+
+
+def training_config(folder: Path, **training) -> Config:
+    toy.write_parquet(folder / "train.parquet", buildings=30, dim=8)
+    toy.write_parquet(folder / "val.parquet", buildings=12, first=100, dim=8)
+    values = {
+        "num_epochs": 3, "batch_size": 16, "monitor": "map@r", "retrieval_metric_top_k": [1, 5],
+        "device": "cpu", **training,
+    }  # fmt: skip
+    return configuration.with_values(
+        Config(),
+        global_={"scratch_dir": folder, "log_dir": folder / "logs"},
+        paths={
+            "train_parquet_path": folder / "train.parquet",
+            "val_parquet_path": folder / "val.parquet",
+        },
+        training=values,
+        training_model={"hidden_dim": 16, "output_dim": 6},
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Config:
+    """A finished run on small data; copy it before changing it."""
+    config = training_config(tmp_path_factory.mktemp("finished"))
+    stages.train(config, lambda: False)
+    return config
+
+
+def read_card(folder: Path) -> tuple[dict, str]:
+    """The metadata and the text of the card."""
+    _, front, text = (folder / "README.md").read_text().split("---\n", 2)
+    return yaml.safe_load(front), text
+
+
+def cells(text: str) -> dict[str, list[str]]:
+    """The rows of all tables as a markdown reader shows them, by their first cell."""
+    tokens = MarkdownIt("commonmark").enable("table").parse(text)
+    found: dict[str, list[str]] = {}
+    row: list[str] = []
+    for token in tokens:
+        if token.type == "tr_open":
+            row = []
+        elif token.type == "tr_close":
+            found[row[0]] = row[1:]
+        elif token.type == "inline":
+            row.append("".join(child.content for child in token.children))
+    return found
+
+
+def test_the_card_tells_the_story_of_the_run(finished, tmp_path):
+    paths = run_paths(finished.checkpoint_dir)
+    export.export(finished, tmp_path / "my_head")
+    meta, text = read_card(tmp_path / "my_head")
+    table = cells(text)
+
+    records = [json.loads(line) for line in paths.metrics.read_text().splitlines()]
+    best = max(records, key=lambda record: record["map@r"])
+    for name in ("recall@1", "recall@5", "map@r", "mrr", "r_precision"):
+        assert table[name] == [f"{records[0]['raw'][name]:.4f}", f"{best[name]:.4f}"]
+    assert (
+        f"The run is finished: 3 epochs. These are the weights after epoch {best['epoch']}," in text
+    )
+
+    for what, split, rows, buildings in (
+        ("training", "train", "120", "30"), ("validation", "val", "48", "12")
+    ):  # fmt: skip
+        store = open_store(getattr(finished.paths, f"{split}_parquet_path"), finished.cache_dir)
+        assert table[what] == [f"{split}.parquet", rows, buildings, store.fingerprint]
+    assert table["learning_rate"] == ["0.0001"]
+    assert table["activation"] == ['"gelu"']
+    assert table["input_dim"] == ["8"]
+    assert table["run"] == ["checkpoints"]
+    assert f"torch {torch.__version__}" in table["exported with"][0]
+    assert f"torch {torch.__version__}" in table["trained with"][0]
+    assert card.WITH_TORCH in text
+    assert card.WITH_ONNX in text
+    assert str(tmp_path.parent) not in text  # names, not paths: cards are published
+
+    assert meta["library_name"] == "tripletkit"
+    assert {"safetensors", "onnx", "triplet-loss"} <= set(meta["tags"])
+    assert "license" not in meta
+    (model,) = meta["model-index"]
+    (result,) = model["results"]
+    assert model["name"] == "my_head"
+    assert result["dataset"] == {"name": "val.parquet", "type": "parquet", "split": "validation"}
+    assert result["task"]["type"]
+    values = {each["type"]: each["value"] for each in result["metrics"]}
+    assert values == {k: pytest.approx(best[k], abs=1e-6) for k in values}
+    assert set(values) == {"recall@1", "recall@5", "map@r", "mrr", "r_precision"}
+
+
+def test_a_final_training_names_the_trial_of_its_parameters(finished, tmp_path):
+    run = tmp_path / "best_fonts_00004"
+    shutil.copytree(finished.checkpoint_dir, run)
+    best = {"source": "study fonts, trial 4", "metric": "map@r", "value": 0.52527}
+    fsio.write_json(run_paths(run).origin, best)
+    export.export(finished, tmp_path / "out", checkpoint=run / "checkpoint_best.pt")
+    table = cells(read_card(tmp_path / "out")[1])
+    assert table["run"] == ["best_fonts_00004"]
+    assert table["parameters from"] == ["study fonts, trial 4"]
+    assert table["value there"] == ["map@r 0.5253"]
+    notes = json.loads((tmp_path / "out/config.json").read_text())["provenance"]
+    assert notes["parameters from"] == "study fonts, trial 4"
+
+
+def test_a_trial_names_its_study(finished, tmp_path):
+    study = StudyPaths(tmp_path / "streetview")
+    shutil.copytree(finished.checkpoint_dir, study.trial(12).root)
+    fsio.write_json(study.identity, {"id": "x"})
+    export.export(finished, tmp_path / "out", checkpoint=study.trial(12).best)
+    table = cells(read_card(tmp_path / "out")[1])
+    assert table["study"] == ["streetview"]
+    assert table["trial"] == ["12"]
+
+
+def test_a_checkpoint_alone_still_knows_its_numbers(finished, tmp_path):
+    alone = tmp_path / "alone.pt"
+    shutil.copy(run_paths(finished.checkpoint_dir).best, alone)
+    export.export(Config(), tmp_path / "out", checkpoint=alone, formats=["safetensors"])
+    export.export(finished, tmp_path / "full", formats=["safetensors"])
+    there, full = (cells(read_card(tmp_path / name)[1]) for name in ("out", "full"))
+    assert there["map@r"] == full["map@r"]
+    assert there["training"] == ["", "", "", full["training"][3]]  # the fingerprint is in the file
+    assert "run" not in there  # the folder that it happens to be in is none
+    assert "How far the run got is not known here." in read_card(tmp_path / "out")[1]
+
+
+def test_a_line_of_metrics_that_a_kill_tore_does_no_harm(finished, tmp_path):
+    run = run_paths(tmp_path / "run")
+    shutil.copytree(finished.checkpoint_dir, run.root)
+    with run.metrics.open("a") as file:
+        file.write('{"epoch": 4, "st')
+    export.export(finished, tmp_path / "out", checkpoint=run.best, formats=["safetensors"])
+    export.export(finished, tmp_path / "full", formats=["safetensors"])
+    there, full = (cells(read_card(tmp_path / name)[1]) for name in ("out", "full"))
+    assert there["map@r"] == full["map@r"]
+
+
+def test_metrics_of_another_trainer_are_shown_as_they_are(tmp_path):
+    metrics = {"val_metrics": {"recall@100": 0.75, "note": "best"}}
+    head = random_head(plain(), 5)
+    checkpoint = of_another_trainer(head, tmp_path, epoch=4, metrics=metrics)
+    config = configured(tmp_path, hidden_dim=20, output_dim=6)
+    export.export(config, tmp_path / "out", checkpoint=checkpoint)
+    meta, text = read_card(tmp_path / "out")
+    assert cells(text)["recall@100"] == ["0.7500"]
+    assert "among the validation data after epoch 4." in text
+    assert "By another program" in text
+    assert meta["model-index"][0]["results"][0]["metrics"] == [
+        {"type": "recall@100", "value": 0.75}
+    ]
+
+
+def test_a_run_that_was_stopped_within_an_epoch(tmp_path):
+    config = training_config(tmp_path, validate_every_n_epochs=1)
+    asked = iter([False] * 10 + [True] * 99)  # 8 steps an epoch
+    with pytest.raises(Interrupted):
+        stages.train(config, lambda: next(asked))
+    paths = run_paths(config.checkpoint_dir)
+    export.export(config, tmp_path / "best")
+    _, text = read_card(tmp_path / "best")
+    assert "The run was not finished when this was exported: it is to have 3 epochs." in text
+    assert "map@r" in cells(text)
+    export.export(config, tmp_path / "last", checkpoint=paths.last)
+    meta, text = read_card(tmp_path / "last")
+    assert "weights after epoch 1 and a part of the next." in text
+    assert "Not recorded for these weights" in text  # those of epoch 1 are of other weights
+    assert "model-index" not in meta
+    head, epoch = inputs.load_head(config, paths.last)
+    rows = np.ones((3, 8), np.float32)
+    assert epoch == 1
+    np.testing.assert_allclose(
+        load("torch", tmp_path / "last")(rows), project(head, rows), atol=1e-5
+    )
+
+
+def test_a_killed_run_is_exported_quietly_by_the_command(tmp_path):
+    config = training_config(tmp_path, num_epochs=100_000)
+    file = tmp_path / "config.toml"
+    fsio.write_text(file, configuration.dump(config))
+    paths = run_paths(config.checkpoint_dir)
+    train = subprocess.Popen(
+        [fleet.COMMAND, "train", "--config", file],
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+    )
+    said = []
+    for line in train.stderr:
+        said.append(line)
+        if b"epoch 2/" in line:
+            break
+    train.kill()
+    train.communicate()
+    assert train.returncode == -signal.SIGKILL, said
+    done = subprocess.run(
+        [fleet.COMMAND, "export", "out", "--config", file], cwd=tmp_path, capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "wrote out: model.safetensors, model.onnx, README.md, config.json\n"
+    said = [line.split(" ", 2)[2] for line in done.stderr.splitlines()]
+    assert said == [f"INFO ONNX is compared with torch on 48 rows of {tmp_path / 'val.parquet'}"]
+    head, _ = inputs.load_head(config, paths.best)
+    rows = np.ones((3, 8), np.float32)
+    for snippet in SNIPPETS:
+        again = load(snippet, tmp_path / "out")(rows)
+        np.testing.assert_allclose(again, project(head, rows), atol=1e-5)
+
+
+def test_a_mistake_of_the_user_is_one_message(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> int:
+        return cli.run(lambda: cli.app(["export", *arguments], standalone_mode=False))
+
+    assert run("out", "--format", "onxx") == 2
+    assert "--format is 'onxx'" in capsys.readouterr().err
+    assert run("out") == 3
+    assert "train first, or name one with --checkpoint" in capsys.readouterr().err
+    assert run("out", "--checkpoint", "nothing.pt") == 3
+    assert "there is no checkpoint nothing.pt" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+# --- names that look like markup -------------------------------------------------------------
+
+
+def visible(text: str) -> str:
+    """What is left of a text on one line: blanks are single, and what cannot be shown is marked."""
+    text = " ".join(text.split())
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
+NASTY = "a|b <img src=x> *c* _d_ [e](f) `g` ~~h~~ &amp; \\ # http://i $j$"
+texts = st.text(max_size=40) | st.text("|<>*_[]()`~&;\\#$: a-1.!\n", max_size=20)
+
+
+@settings(deadline=None)
+@given(texts)
+@example(NASTY)
+@example("name #")
+@example("a\ud800b")
+def test_no_name_is_markup(text):
+    reader = MarkdownIt("commonmark").enable(["table", "strikethrough"])
+    name = card.escape(text)
+    shown = reader.parse(f"# {name}\n\n| a | b |\n| --- | --- |\n| {name} | x |\n")
+    inline = [token for token in shown if token.type == "inline"]
+    assert len(inline) == 5
+    for token in (inline[0], inline[3]):
+        assert {child.type for child in token.children} <= {"text", "text_special"}
+        assert "".join(child.content for child in token.children) == visible(text)
+
+
+@given(texts)
+@example(NASTY)
+@example("a\ud800b: 'c' \"d\" \U0001f600 \x7f é")
+def test_every_name_is_a_yaml_string(text):
+    assert yaml.safe_load(f"- name: {card.quote(text)}") == [{"name": visible(text)}]
+
+
+def test_nasty_names_come_through_the_whole_card(finished, tmp_path):
+    run = RunPaths(tmp_path / "run", tmp_path / "run")
+    shutil.copytree(finished.checkpoint_dir, run.root)
+    state = export.checkpoints.load(run.best)
+    section = inputs.head_section(finished, state)
+    known = facts.gather(finished, run.best, state, section)
+    source = known.sources[1]._replace(name=NASTY)
+    known = replace(known, origin={"run": NASTY}, sources=(known.sources[0], source))
+    text = card.render(NASTY, known, ["model.onnx"])
+    meta = yaml.safe_load(text.split("---\n", 2)[1])
+    assert meta["model-index"][0]["name"] == NASTY
+    assert meta["model-index"][0]["results"][0]["dataset"]["name"] == NASTY
+    table = cells(text.split("---\n", 2)[2])
+    assert table["run"] == [NASTY]
+    assert table["validation"][0] == NASTY

@@ -1,0 +1,247 @@
+"""Parquet in, parquet out: the embeddings of files replaced by what a head makes of them.
+
+A work folder beside each output keeps what is done of it; the output appears whole, by a rename.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import glob
+import os
+import shutil
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from tripletkit import fsio, log
+from tripletkit.apply import outputs as files
+from tripletkit.apply.projection import Vectors, project, rows_done
+from tripletkit.apply.recipe import OF_WORK, Job, Output, Request
+from tripletkit.config import Config
+from tripletkit.data import parquet
+from tripletkit.data.parquet import Table
+from tripletkit.data.store import DISK_FULL
+from tripletkit.errors import ConfigError, Interrupted, RunError
+from tripletkit.log import logger
+
+TELL_SECONDS = 60.0  # so often the log says how far we are
+ASK_SECONDS = 0.2  # so often we look whether what another process works on is there
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run did."""
+
+    made: tuple[Path, ...]
+    rows: int  # of those
+    dim: int
+    skipped: int  # files that were there
+    elsewhere: int  # files that other processes work on
+
+
+# --- before it begins ------------------------------------------------------------------------
+
+
+def check(config: Config, request: Request) -> int:
+    """How many outputs are still to be made; reads footers, and the first row of each source.
+
+    Raises ConfigError, and DataError for sources that cannot be used and for outputs, or
+    beginnings of them, that were made of something else.
+    """
+    todo = outputs(request)
+    job = Job(config, request, "cpu")  # a login node need not have what the job will
+    left = 0
+    for output in todo:
+        for part in _files(parquet.open_table(output.sources, job.needed)):
+            job.projector.check(part)
+        job.provenance(output)  # knows the columns
+        if not job.finished(output):
+            left += 1
+            for source in output.sources:
+                job.check_begun(output, source, but=OF_WORK)
+    return left
+
+
+def outputs(request: Request) -> list[Output]:
+    """Which files become which. Raises ConfigError when that is not clear."""
+    sources = parquet.find_files(request.source)
+    path = request.destination
+    one = path.suffix == ".parquet" and not path.is_dir()
+    if request.per_building and request.columns:
+        raise ConfigError("--per-building and --columns exclude each other")
+    if request.per_building and not one:
+        raise ConfigError(f"{path}: --per-building writes one file, so its name ends in .parquet")
+    if request.source.is_dir() and path.parent.absolute() == request.source.absolute():
+        raise ConfigError(f"{path} would be one of the sources itself the next time")
+    if one and len(sources) > 1 and not request.per_building:
+        raise ConfigError(
+            f"{request.source} is {len(sources)} files, so {path} must be a folder",
+            hint="a name without .parquet at its end",
+        )
+    if one:
+        found = [Output(sources, path)]
+    else:
+        found = [Output((source,), path / source.name) for source in sources]
+    of: dict[Path, Path] = {}
+    for output in found:
+        for source in output.sources:
+            if output.path.exists() and output.path.samefile(source):
+                raise ConfigError(
+                    f"{source} would be replaced by its own embeddings",
+                    hint="choose another destination",
+                )
+        source = output.sources[0]
+        if (other := of.setdefault(output.path, source)) != source:
+            raise ConfigError(
+                f"{other} and {source} would both become {output.path}",
+                hint="embed one folder at a time",
+            )
+    return found
+
+
+# --- doing it --------------------------------------------------------------------------------
+
+
+def run(config: Config, request: Request, should_stop: Callable[[], bool]) -> Result:
+    """Make the outputs that are not there yet, whoever else is at it.
+
+    An element of a Slurm array leaves to others what they work on; elsewhere we wait for it. Raises
+    Interrupted when asked to stop, with what is done saved.
+    """
+    todo = outputs(request)
+    job = Job(config, request)
+    turn, turns = _turn()
+    left = deque(sorted(enumerate(todo), key=lambda each: (each[0] - turn) % turns))
+    made: dict[Path, int] = {}
+    busy = 0  # how many of `left`, one after the other, others work on
+    total = sum(parquet.open_table(each.sources, ()).total for each in todo)
+    with log.progress(total, "embedding") as update:
+        steps = _Steps(should_stop, update)
+        while left:
+            if busy == len(left):
+                if turns > 1:
+                    break
+                time.sleep(ASK_SECONDS)
+                busy = 0
+            number, output = left.popleft()
+            try:
+                steps.check_stop()
+                rows = _attempt(job, output, steps, ours=number % turns == turn)
+            except Interrupted as stopped:
+                stopped.progress = stopped.progress or bool(made)
+                raise
+            if rows is None:
+                left.append((number, output))
+                busy += 1
+            else:
+                busy = 0
+                made |= {output.path: rows} if rows else {}
+    return Result(
+        made=tuple(made),
+        rows=sum(made.values()),
+        dim=job.projector.dim,
+        skipped=len(todo) - len(made) - len(left),
+        elsewhere=len(left),
+    )
+
+
+def _turn() -> tuple[int, int]:
+    """Which element of a Slurm array we are, counted from 0, and of how many."""
+    first, count, this = (
+        int(os.environ.get(f"SLURM_ARRAY_TASK_{name}", default))
+        for name, default in (("MIN", "0"), ("COUNT", "1"), ("ID", "0"))
+    )
+    return (this - first) % count, count
+
+
+def _attempt(job: Job, output: Output, steps: _Steps, *, ours: bool) -> int | None:
+    """Make an output: its rows, 0 if it was there, None if it is for another process."""
+    if job.finished(output) and not output.work.exists():
+        return 0
+    with _writing(output, job), fsio.exclusive_lock(output.lock, wait=False) as lock:
+        if not lock.ours or not (lock.sure or ours):
+            return None
+        if job.finished(output):  # meanwhile, or before its maker was killed
+            shutil.rmtree(output.work, ignore_errors=True)
+            return 0
+        if lock.sure:
+            name = glob.escape(output.path.name)
+            fsio.remove_leftovers(output.path.parent, f".{name}.[0-9]*.tmp")
+        table = parquet.open_table(output.sources, job.needed)
+        vectors = [_vectors(job, part, output, steps) for part in _files(table)]
+        provenance = job.provenance(output)
+        if job.request.per_building:
+            dtype = np.dtype(job.request.dtype)
+            rows = files.write_buildings(
+                output.path, table, vectors, dtype, provenance, steps.check_stop
+            )
+        else:
+            columns = files.carried(output.sources[0], job.request.columns)
+            rows = files.write_images(
+                output.path, table, columns, vectors[0], provenance, steps.check_stop
+            )
+        shutil.rmtree(output.work)
+        logger.info("%s: %s rows", output.path, f"{rows:,}")
+        return rows
+
+
+class _Steps:
+    """What tells the work to stop, and is told how far it is."""
+
+    def __init__(self, should_stop: Callable[[], bool], update: Callable[[int, str], None]) -> None:
+        self.should_stop = should_stop
+        self.update = update
+        self.before = self.done = 0
+        self.told = time.monotonic()
+
+    def check_stop(self) -> None:
+        """Raise Interrupted when asked to stop."""
+        if self.should_stop():
+            raise Interrupted(
+                "stopped", hint="the same command goes on from there", progress=self.done > 0
+            )
+
+    def advance(self, rows: int) -> None:
+        """So many rows more went through the head."""
+        self.done += rows
+        self.update(self.before + self.done, "embedding")
+        if time.monotonic() - self.told > TELL_SECONDS:
+            self.told = time.monotonic()
+            logger.info("%s rows went through the head", f"{self.done:,}")
+
+
+def _vectors(job: Job, table: Table, output: Output, steps: _Steps) -> Vectors:
+    """The head's output for one source file, [N, d]: made, or gone on with, in the work folder."""
+    folder = job.begin(output, table.files[0])
+    steps.before += rows_done(folder)
+    return project(
+        table, job.projector, folder, should_stop=steps.should_stop, advance=steps.advance
+    )
+
+
+@contextlib.contextmanager
+def _writing(output: Output, job: Job) -> Iterator[None]:
+    """An OSError becomes a RunError that says where, and what is free."""
+    folder = output.path.parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        problem = f"{output.path}: cannot be written: {error.strerror or error}"
+        if error.errno in DISK_FULL:
+            size = job.projector.dim * job.projector.dtype.itemsize
+            problem += (
+                f"; {shutil.disk_usage(folder).free:,} bytes are free, and each row takes twice "
+                f"{size} until the file is there"
+            )
+        raise RunError(problem, hint="the destination can be on another disk") from None
+
+
+def _files(table: Table) -> Iterator[Table]:
+    """The files of a table, one by one."""
+    for path, rows in zip(table.files, table.rows, strict=True):
+        yield Table((path,), (rows,))
