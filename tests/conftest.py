@@ -22,7 +22,6 @@ for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGHUP):
 # Files whose tests go to any process one by one, because the file as a whole takes minutes.
 APART = {
     "tests/test_budget.py",
-    "tests/test_dashboard.py",
     "tests/test_embed.py",
     "tests/test_fleet.py",
     "tests/test_group.py",

@@ -1,27 +1,33 @@
 """The budget of a study: which trials start, how it ends, and who is told."""
 
+import contextlib
 import json
+import math
 import multiprocessing
 import os
 import re
-import subprocess
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
-from optuna.trial import TrialState
+from optuna.trial import TrialState, create_trial
 
 from tests import fleet
 from tests.cluster import ACCOUNT
 from tests.test_cost import line, write, write_config
 from tests.test_fleet import assert_no_secret, logs_of, open_study, trials_of
 from tests.test_notify import TOKEN, Hook
+from tripletkit import cli, endings, fsio, inputs, notify, stages, submission
 from tripletkit import config as configuration
-from tripletkit import endings, fsio, notify, submission
 from tripletkit.config import Config
 from tripletkit.paths import StudyPaths
-from tripletkit.tune import budget, claims, cost, storage
+from tripletkit.tune import attempts as records
+from tripletkit.tune import budget, claims, cost, storage, study, worker
 from tripletkit.tune.claims import Worker
+from tripletkit.tune.worker import Surroundings
 
 HOUR = 3600.0
 
@@ -37,8 +43,11 @@ class Fleet:
         where = {"storage_path": folder / "study.db", "study_name": "s"}
         self.shared = storage.create(self.config.tuning.model_copy(update=where))
 
-    def trial(self, state: str, hours: float = 0.0, *, job: str = "1") -> int:
-        """Add a trial that took so long, or has been running for so long."""
+    def trial(self, state: str, hours: float = 0.0, *, job: str = "1", seen: float = 0.0) -> int:
+        """Add a trial that took so long, or has been running for so long.
+
+        That one gave its last sign of life `seen` hours ago.
+        """
         trial, now = self.shared.study.ask(), time.time()
         since = fsio.timestamp(now - HOUR * hours)
         mark = {"job": job, "slot": 0, "host": "n1", "attempt": 1, "since": since}
@@ -48,6 +57,10 @@ class Fleet:
             outcome = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed"}.get(state)
             lines |= {"ended": fsio.timestamp(now), "outcome": outcome or "stopped"}
         write(self.paths, trial.number, lines)
+        if state == "RUNNING":
+            log = self.paths.trial(trial.number).log
+            log.touch()
+            os.utime(log, (now - HOUR * seen, now - HOUR * seen))
         if state == "WAITING":
             self.shared.study._storage.set_trial_state_values(trial._trial_id, TrialState.WAITING)
         elif state != "RUNNING":
@@ -62,9 +75,11 @@ class Fleet:
 
     def claim(self, job: str = "9", state: str = "running", purse=None) -> int | None:
         """The trial that a worker gets, while all other jobs are in this state."""
+        purse = purse or self.purse()
+        purse.measure(self.shared.study.get_trials())
         found = claims.claim(
             self.shared, Worker(job, 0, "n1", 1), self.config.tuning.total,
-            lambda ids: dict.fromkeys(ids, state), (purse or self.purse()).allows,
+            lambda ids: dict.fromkeys(ids, state), purse.allows,
         )  # fmt: skip
         return found.trial.number if found else None
 
@@ -113,12 +128,22 @@ def test_one_whose_worker_is_gone_cost_time_until_its_last_sign_of_life(tmp_path
     """Its mark is two days old, and it worked for half an hour."""
     made = Fleet(tmp_path, 3.0, total=2)
     made.trial("COMPLETE", 1)
-    number = made.trial("RUNNING", 48)
-    metrics, seen = made.paths.trial(number).metrics, time.time() - 47.5 * HOUR
-    metrics.touch()
-    os.utime(metrics, (seen, seen))
+    number = made.trial("RUNNING", 48, seen=47.5)
     assert made.claim(state="running") is None
     assert made.claim(state=state) == number
+
+
+@pytest.mark.parametrize("job", ["1", "local-1"])
+@pytest.mark.parametrize(("limit", "starts"), [(3.1, True), (2.9, False)])
+def test_one_of_which_nobody_knows_keeps_its_share_and_no_more(tmp_path, job, limit, starts):
+    """Slurm is silent, or the process is one of another host: it may live, or be gone for long.
+
+    1 hour complete, one to come, and one for it: it worked for half an hour, eight days ago.
+    """
+    made = Fleet(tmp_path, limit)
+    made.trial("COMPLETE", 1)
+    made.trial("RUNNING", 200, job=job, seen=199.5)
+    assert made.claim(state="unknown") == (2 if starts else None)
 
 
 @pytest.mark.parametrize(("limit", "goes_on"), [(2.5, False), (3.5, True)])
@@ -126,8 +151,6 @@ def test_a_requeued_worker_goes_on_with_its_trial_only_within_the_budget(tmp_pat
     made = Fleet(tmp_path, limit)
     made.trial("COMPLETE", 1)
     number = made.trial("RUNNING", 2, job="9")
-    metrics = made.paths.trial(number).metrics
-    metrics.touch()  # until now
     assert made.claim("9") == (number if goes_on else None)
 
 
@@ -173,14 +196,25 @@ def test_workers_that_claim_at_once_do_not_overshoot(tmp_path):
 
 def test_the_lines_of_a_trial_that_is_over_are_read_once(tmp_path, monkeypatch):
     made = Fleet(tmp_path, 100)
-    for _ in range(5):
-        made.trial("COMPLETE", 1)
+    numbers = [made.trial("COMPLETE", 1) for _ in range(5)]
     read, asked = budget.records.read, []
     monkeypatch.setattr(budget.records, "read", lambda path: (asked.append(path), read(path))[1])
     purse = made.purse()
     for job in "345":
         assert made.claim(job, purse=purse) is not None
-    assert len(asked) == 5
+    over = {made.paths.trial(number).attempts for number in numbers}
+    assert sorted(path for path in asked if path in over) == sorted(over)
+
+
+def test_lines_that_cannot_be_read_cost_nothing_and_keep_nobody_from_working(tmp_path, caplog):
+    made = Fleet(tmp_path, 2.5)
+    for _ in range(2):
+        file = made.paths.trial(made.trial("COMPLETE", 1)).attempts
+    file.write_bytes(file.read_bytes()[:40] + b"\xff")
+    purse = made.purse()
+    assert [made.claim(job, purse=purse) for job in "34"] == [2, 3]
+    warnings = {r.message for r in caplog.records if r.levelname == "WARNING"}
+    assert warnings == {f"{file}, line 1 is no JSON: left out"}
 
 
 def test_without_gpus_the_budget_is_in_hours_of_workers(tmp_path):
@@ -188,7 +222,11 @@ def test_without_gpus_the_budget_is_in_hours_of_workers(tmp_path):
         tmp_path, slurm={"gpus": 0}, tuning={"budget_gpu_hours": 2, "trials_per_gpu": 2}
     )
     purse = budget.Budget(config, StudyPaths(tmp_path / "s"), slurm=True)
-    assert (purse.unit, purse.weight) == (cost.WORKER_HOURS, 0.5)
+    assert purse.unit == cost.WORKER_HOURS
+    write(purse.paths, 0, {**line(0, HOUR, "complete", gpus=0, share=0.5), "attempt": 1})
+    trial = create_trial(value=1, user_attrs={claims.OWNER: {"job": "1", "attempt": 1}})
+    trial.number = 0
+    assert purse._hours(trial) == 0.5
 
 
 def test_what_the_study_keeps_of_it(tmp_path):
@@ -203,6 +241,56 @@ def test_what_the_study_keeps_of_it(tmp_path):
     larger = configuration.with_values(made.config, tuning={"budget_gpu_hours": 3.5})
     assert endings.budget_reached(larger, made.shared, slurm=True) is None
     assert budget.of_study(made.shared) is None
+
+
+REACHED = budget.Reached(1, "GPU-hours", 1, 1, 3)
+
+
+def work(config: Config, limit: float) -> None:
+    """Be a worker of the study, in this process."""
+    config = configuration.with_values(config, tuning={"budget_gpu_hours": limit})
+    shared = storage.open_study(config.tuning, seed=0, workers=1)
+    around = Surroundings(inputs.training_data, lambda ids: {}, lambda: False, lambda: math.inf)
+    worker.run(shared, config, stages.study_paths(config), Worker("local-1", 0, "n1", 1), around)
+
+
+def test_the_study_keeps_the_newest_answer(tmp_path):
+    """Else it would be over, and well, for `wait` and others, with trials left and money for them."""
+    config = configuration.load(fleet.write_config(tmp_path, tuning={"n_trials": 3}), environ={})
+    shared = study.prepare(config, stages.study_paths(config))
+    work(config, 1e-9)  # the first trial starts in any case
+    assert [t.state.name for t in shared.study.get_trials()] == ["COMPLETE"]
+    assert budget.of_study(shared).done == 1
+    work(config, 10)
+    assert [t.state.name for t in shared.study.get_trials()] == ["COMPLETE"] * 3
+    assert budget.of_study(shared) is None
+
+    budget.note(shared, REACHED)
+    study.prepare(config, stages.study_paths(config))
+    assert budget.of_study(shared) is None
+
+
+def test_files_are_read_before_it_is_our_turn(tmp_path, monkeypatch):
+    """With thousands of trials and a slow file system all other workers would wait for us."""
+    config = configuration.load(fleet.write_config(tmp_path, tuning={"n_trials": 2}), environ={})
+    study.prepare(config, stages.study_paths(config))
+    work(config, 1e-9)
+    took, read, open_study = [], records.read, storage.open_study
+
+    def watched(*given, **more):
+        shared = open_study(*given, **more)
+
+        @contextlib.contextmanager
+        def turn():
+            with shared.turn(), monkeypatch.context() as patch:
+                patch.setattr(records, "read", lambda path: took.append(path) or read(path))
+                yield
+
+        return replace(shared, turn=turn)
+
+    monkeypatch.setattr(storage, "open_study", watched)
+    work(config, 10)
+    assert took == []
 
 
 # --- real workers ----------------------------------------------------------------------------
@@ -232,58 +320,81 @@ def assert_stopped_by_its_budget(config: Path, hook: Hook) -> dict:
     return facts
 
 
-def test_a_study_ends_with_its_budget_and_goes_on_with_a_larger_one(tmp_path):
+class Said(NamedTuple):
+    """What a command printed."""
+
+    out: str
+    err: str
+
+
+@pytest.fixture
+def tripletkit(capsys) -> Callable[..., Said]:
+    """Run a command in this process, which has loaded everything already; fails if it fails."""
+
+    def run(*words: str | Path) -> Said:
+        capsys.readouterr()
+        arguments = [str(word) for word in words]
+        code = cli.run(lambda: cli.app(arguments, prog_name="tripletkit", standalone_mode=False))
+        said = capsys.readouterr()
+        assert code == 0, said.out + said.err
+        return Said(said.out, said.err)
+
+    return run
+
+
+def test_a_study_ends_with_its_budget_and_goes_on_with_a_larger_one(
+    tmp_path, tripletkit, monkeypatch
+):
     config = fleet.write_config(tmp_path, tuning={"n_trials": TRIALS, "max_epochs": 4})
     flags = ("-c", config, "--cluster", "local", "--workers", "2")
     with Hook(200) as hook:
-        fleet.tripletkit(
-            "tune", *flags, "--budget-gpu-hours", str(BUDGET),
-            environment={notify.VARIABLE: hook.url},
-        )  # fmt: skip
-        said = fleet.tripletkit("wait", "-c", config)
+        monkeypatch.setenv(notify.VARIABLE, hook.url)
+        tripletkit("tune", *flags, "--budget-gpu-hours", str(BUDGET))
+        monkeypatch.delenv(notify.VARIABLE)
+        said = tripletkit("wait", "-c", config).out
         fleet.until(lambda: hook.got, lambda: "no message", deadline=60)
     assert re.search(r"budget of 0\.00\d+ worker-hours reached", said), said
     facts = assert_stopped_by_its_budget(config, hook)
     assert facts["unit"] == "worker-hours"
-    status = json.loads(fleet.tripletkit("status", "-c", config, "--json"))
+    status = json.loads(tripletkit("status", "-c", config, "--json").out)
     assert "worker-hours reached" in status["study"]["budget"]
     before = len(trials_of(config))
-    again = fleet.tripletkit("tune", *flags, "--budget-gpu-hours", str(BUDGET))
+    again = tripletkit("tune", *flags, "--budget-gpu-hours", str(BUDGET)).out
     assert "a larger --budget-gpu-hours goes on" in again
     assert "local job" not in again
     total = ("--n-trials", str(before + 1), "--budget-gpu-hours", "0")
-    fleet.tripletkit("tune", "-c", config, "--cluster", "here", *total)
+    with Hook(200) as hook:
+        tripletkit("tune", "-c", config, "--cluster", "here", *total, "--webhook", hook.url)
     assert len(trials_of(config)) == before + 1
-    status = json.loads(fleet.tripletkit("status", "-c", config, "--json"))
+    ((_, message),) = hook.got
+    assert message["tripletkit"]["status"] == "done"
+    done = f"study small: done, {before + 1} trials ({before + 1} complete); best map@r 0."
+    assert message["text"].startswith(done)
+    status = json.loads(tripletkit("status", "-c", config, "--json").out)
     assert status["study"]["budget"] is None
 
 
-def test_the_last_of_local_workers_tells_that_the_study_is_done(tmp_path):
-    config = fleet.write_config(tmp_path, tuning={"n_trials": 3, "max_epochs": 1})
-    with Hook(200) as hook:
-        fleet.tripletkit(
-            "tune", "-c", config, "--cluster", "here", "--trials-per-gpu", "2",
-            "--webhook", hook.url,
-        )  # fmt: skip
-    ((_, message),) = hook.got
-    assert message["tripletkit"]["status"] == "done"
-    assert message["text"].startswith("study small: done, 3 trials (3 complete); best map@r 0.")
-
-
 @pytest.mark.parametrize("url", ["https://example.org/new", None])
-def test_what_cannot_start_leaves_no_address_behind(tmp_path, url):
-    """And takes none away that another start needs."""
-    file = tmp_path / ".webhook"
-    notify.keep(file, "https://example.org/old")
+@pytest.mark.parametrize("before", ["https://example.org/old", None])
+@pytest.mark.parametrize("told", [False, True])
+def test_what_cannot_start_leaves_the_address_that_was_there(tmp_path, url, before, told):
+    """Workers that run already need it; unless they have told the end meanwhile."""
+    paths = StudyPaths(tmp_path)
+    if before:
+        notify.keep(paths.webhook, before)
 
     def start() -> None:
-        with submission._told(file, url):
-            assert file.read_text() == f"{url or 'https://example.org/old'}\n"
+        with submission._told(paths, url):
+            text = paths.webhook.read_text() if paths.webhook.exists() else None
+            assert text == (f"{url or before}\n" if url or before else None)
+            if told:
+                notify.forget(paths.webhook)
             raise OSError("no room")
 
     with pytest.raises(OSError, match="no room"):
         start()
-    assert file.exists() == (url is None)
+    left = paths.webhook.read_text() if paths.webhook.exists() else None
+    assert left == (f"{before}\n" if before and not told else None)
 
 
 def wait_for_mail(slurm, count: int) -> list[str]:
@@ -291,24 +402,24 @@ def wait_for_mail(slurm, count: int) -> list[str]:
     return slurm.mails()
 
 
-def test_on_slurm(slurm, tmp_path):
+def test_on_slurm(slurm, tmp_path, tripletkit, monkeypatch):
     """Two workers with a GPU each, a budget, mail and a webhook; then a fleet that fails."""
     config = fleet.write_config(
         tmp_path, tuning={"n_trials": TRIALS, "max_epochs": 4}, slurm={"gpus": 1}
     )
     start = ("tune", "-c", config, "--cluster", "slurm", "--account", ACCOUNT, "--workers", "2",
              "--mail", "me@example.org", "--budget-gpu-hours", str(BUDGET))  # fmt: skip
-    shown = subprocess.run(
-        [fleet.COMMAND, *map(str, start), "--dry-run"], capture_output=True, text=True, check=True
-    )
-    assert shown.stdout.startswith("#!/bin/bash")
-    assert "--mail-user=me@example.org" in shown.stdout
-    assert "--mail-type=FAIL" in shown.stdout, "the end is that of the job behind the workers"
-    assert "at most" not in shown.stdout, "it is there to be copied"
-    assert "at most 1 GPU-hours: workers (2) x time limit (0.5 h) x GPUs (1)" in shown.stderr
+    shown = tripletkit(*start, "--dry-run")
+    assert shown.out.startswith("#!/bin/bash")
+    assert "--mail-user=me@example.org" in shown.out
+    assert "--mail-type=FAIL" in shown.out, "the end is that of the job behind the workers"
+    assert "at most" not in shown.out, "it is there to be copied"
+    assert "at most 1 GPU-hours: workers (2) x time limit (0.5 h) x GPUs (1)" in shown.err
     before = slurm.mails()
     with Hook(200) as hook:
-        said = fleet.tripletkit(*start, environment={notify.VARIABLE: hook.url})
+        monkeypatch.setenv(notify.VARIABLE, hook.url)
+        said = tripletkit(*start).out
+        monkeypatch.delenv(notify.VARIABLE)
         jobs = re.findall(r"slurm job (\d+)", said)
         assert len(jobs) == 2, said
         assert_no_secret(slurm, tmp_path / "logs", TOKEN, jobs)
@@ -317,7 +428,7 @@ def test_on_slurm(slurm, tmp_path):
     assert facts["unit"] == "GPU-hours"
     states = slurm.run("sacct", "-X", "-n", "-P", "--format=State", f"--jobs={','.join(jobs)}")
     assert set(states.split()) == {"COMPLETED"}
-    assert "GPU-hours reached" in fleet.tripletkit("wait", "-c", config)
+    assert "GPU-hours reached" in tripletkit("wait", "-c", config).out
     assert_no_secret(slurm, tmp_path, TOKEN, jobs)
     (mail,) = wait_for_mail(slurm, len(before) + 1)[len(before) :]
     assert "Name=tidy:small Ended" in mail, "one for the study, none for its workers"
@@ -326,7 +437,7 @@ def test_on_slurm(slurm, tmp_path):
     # There is no GPU: the workers fail, and with them the study.
     failing = ("--set", "training.device=cuda", "--budget-gpu-hours", "0")
     with Hook(200) as hook:
-        fleet.tripletkit(*start[:-2], *failing, "--webhook", hook.url)
+        tripletkit(*start[:-2], *failing, "--webhook", hook.url)
         fleet.wait_for_empty_queue(slurm, logs_of(config), deadline=240)
     ((_, message),) = hook.got
     assert message["tripletkit"]["status"] == "stopped"

@@ -35,7 +35,7 @@ from tripletkit.cluster import jobs, launch, queue
 from tripletkit.config import Config, Slurm
 from tripletkit.monitor import control
 from tripletkit.paths import LogPaths, StudyPaths
-from tripletkit.tune import claims, storage, study
+from tripletkit.tune import budget, claims, storage, study
 from tripletkit.tune.claims import Worker
 
 SLEEP = "exec sleep 600"
@@ -609,6 +609,15 @@ def test_trials_are_left_and_no_worker_is(here):
     assert said.code == 1
     assert "study s, 9 trials: 1 running, 1 complete, 7 to come" in said.err
     assert "trials are left, and no worker is" in said.err
+
+
+def test_where_the_budget_is_used_up_a_trial_of_a_job_that_is_gone_changes_nothing(here):
+    budget.note(here.shared, budget.Reached(1, "worker-hours", 1, 1, 9))
+    tell(here.shared, sign(here.shared, "local-999999"))
+    sign(here.shared, "local-999999")
+    said = here.run("wait")
+    assert (said.code, said.err) == (0, "")
+    assert "budget of 1 worker-hours reached (1 spent): 1 of 9 trials done" in said.out
 
 
 def test_the_worker_that_failed_is_named(here, waiting):

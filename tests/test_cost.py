@@ -176,6 +176,7 @@ def test_without_gpus_hours_of_workers_count(paths):
 
 
 def test_nothing_was_done_yet(paths):
+    paths.trial(0).root.mkdir(parents=True)  # claimed, and not begun
     assert cost.attempts(paths) == []
     assert cost.spent(paths, study()) == cost.Spent(0.0, 0.0, 0.0, 0.0, "GPU-hours")
 
@@ -183,18 +184,48 @@ def test_nothing_was_done_yet(paths):
 def test_old_lines_hold_what_the_configuration_says(tmp_path):
     write_config(tmp_path, slurm={"gpus": 4}, tuning={"trials_per_gpu": 2})
     paths = StudyPaths(tmp_path / "s")
-    old = line(0, 60, "complete")
-    del old["gpus"], old["share"], old["slot"]
-    write(paths, 0, old, line(100, 160, "complete"))
+    write(paths, 0, old_line(0, 60, "stopped", job="7"), line(100, 160, "complete"))
     first, second = cost.attempts(paths)
     assert (first.gpus, first.share, first.slot) == (0.5, 0.125, 0)
     assert (second.gpus, second.share) == (0.5, 0.5)
+
+
+def old_line(*times, **more) -> dict:
+    """Before they said what an attempt held, and what there was of the one before it."""
+    return {k: v for k, v in line(*times, **more).items() if k not in ("gpus", "share", "slot")}
+
+
+def test_old_lines_of_background_workers_held_no_gpu_as_far_as_we_know(paths):
+    write(paths, 0, old_line(0, HOUR, "complete"))
+    found = cost.spent(paths, study(("COMPLETE", 10)))
+    assert (found.gpu_hours, found.unit) == (1.0, "worker-hours")
+    write(paths, 1, line(0, HOUR, "complete", gpus=0.0, share=0.5))
+    found = cost.spent(paths, study(("COMPLETE", 10), ("COMPLETE", 10)))
+    assert (found.gpu_hours, found.unit) == (1.5, "worker-hours")
+
+
+def test_old_lines_do_not_say_what_was_lost(paths):
+    """One that was stopped had saved its state."""
+    write(paths, 0, old_line(0, HOUR, "stopped"), old_line(2 * HOUR, 3 * HOUR, "complete"))
+    found = cost.spent(paths, study(("COMPLETE", 10)))
+    assert (found.useful, found.wasted) == (2.0, 0.0)
+    write(paths, 0, line(0, HOUR, "stopped"), line(2 * HOUR, 3 * HOUR, "complete"))
+    found = cost.spent(paths, study(("COMPLETE", 10)))
+    assert (found.useful, found.wasted) == (0.5, 0.5), "the others say that there was nothing"
 
 
 def test_old_lines_do_not_say_when_they_were_killed(paths):
     """Then it was before the next one started."""
     write(paths, 0, line(0), line(70, 90, "complete"))
     assert [each.seconds for each in cost.attempts(paths)] == [70, 20]
+
+
+def test_attempts_that_were_read_already_are_not_read_again(paths, monkeypatch):
+    write(paths, 0, line(0, 90, "complete"))
+    known, trials = cost.attempts(paths), study(("COMPLETE", 10))
+    found = cost.spent(paths, trials)
+    monkeypatch.setattr(attempts, "read", lambda path: pytest.fail(f"reads {path}"))
+    assert cost.spent(paths, trials, known) == found
 
 
 def test_a_clock_that_goes_backwards_costs_nothing(paths):
@@ -237,7 +268,9 @@ plan = st.lists(
 )
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
 @given(st.lists(st.tuples(plan, st.sampled_from(["COMPLETE", "PRUNED", "FAIL"])), max_size=4))
 def test_every_second_is_useful_or_wasted(tmp_path, trials):
     """Against a count second by second: one is lost if it is worked after the newest checkpoint."""
@@ -303,6 +336,8 @@ def test_attempts_that_were_interrupted_and_open_trials(tmp_path):
     trials = study(("COMPLETE", 10), ("FAIL", 0), ("WAITING", 1), ("RUNNING", 1))
     (measured, *_) = quote(config, paths, trials)
     assert measured.startswith("2 trials: about 2 GPU-hours (2 to 2), by 60 minutes for a trial")
+    write(paths, 99, line(0, 7, "complete"))  # a folder that was copied there, say
+    assert quote(config, paths, trials)[0] == measured
 
 
 def test_without_a_measured_trial_only_the_most_is_known(tmp_path):

@@ -12,13 +12,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from markdown_it import MarkdownIt
 
 from tests import toy
 from tests.test_retrieval import gaussian
 from tripletkit import cli, stages
 from tripletkit import config as configuration
-from tripletkit.apply import intervals
-from tripletkit.apply.evaluate import column_names, markdown
+from tripletkit.apply import confusion, intervals
+from tripletkit.apply.evaluate import column_names
+from tripletkit.apply.tables import markdown
 from tripletkit.paths import run_paths
 from tripletkit.train import checkpoint as checkpoints
 from tripletkit.train.retrieval import retrieve, summarize
@@ -276,11 +278,77 @@ def test_the_markdown_holds_the_tables(site, evaluate, tmp_path):
     assert f"| {pair['building']} | {pair['other']} | {pair['mistakes']} |" in text
 
 
-def test_names_that_would_break_a_table_do_not(site, evaluate, tmp_path):
-    assert evaluate(f"--output={tmp_path}/out") == 0
-    report = json.loads((tmp_path / "out/evaluation.json").read_text())
-    report["columns"][1]["weakest"][0]["building"] = "a|b\nc"
-    assert "| a\\|b c |" in markdown(report)
+NASTY = "a|b <b>:key:</b> *c* _d_ [/red](f) `g` \\ $j$"
+
+
+def test_names_are_shown_as_they_are(site, evaluate, tmp_path, capsys):
+    buildings = toy.table(buildings=20, images=3, dim=16, noise=0.9)
+    names = pa.array([f"{NASTY}{each}" for each in buildings["building_id"].to_pylist()])
+    buildings = buildings.set_column(1, "building_id", names)
+    source = tmp_path / "data `*x*`.parquet"
+    pq.write_table(buildings, source)
+    given = [f"--set=paths.test_parquet_path={source}", f"--output={tmp_path}/out"]
+    capsys.readouterr()
+    assert evaluate(*given, "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    column = report["columns"][1]
+    assert {each["building"] for each in column["weakest"] + column["pairs"]} <= set(
+        names.to_pylist()
+    )
+
+    (tmp_path / "out/evaluation.json").write_text("the tables come from another try")
+    assert evaluate(*given) == 0
+    assert ":key:" in capsys.readouterr().out
+    text = (tmp_path / "out/evaluation.md").read_text()
+    inline = [
+        token
+        for token in MarkdownIt("commonmark").enable(["table", "strikethrough"]).parse(text)
+        if token.type == "inline"
+    ]
+    kinds = {child.type for token in inline for child in token.children}
+    assert kinds <= {"text", "text_special", "softbreak", "code_inline"}
+    shown = ["".join(child.content for child in token.children) for token in inline]
+    for each in column["pairs"]:
+        assert {each["building"], each["other"], *each["images"]} <= set(shown)
+    assert any(f"data: {source}, fingerprint" in line for line in shown)
+
+
+def test_without_lists_nothing_is_searched_for_them(site, evaluate, capsys, monkeypatch):
+    capsys.readouterr()
+    assert evaluate("--json") == 0
+    full = json.loads(capsys.readouterr().out)["columns"][1]
+    monkeypatch.setattr(confusion, "nearest", None)
+    assert evaluate("--top=0", "--json") == 0
+    column = json.loads(capsys.readouterr().out)["columns"][1]
+    assert column == {**full, "weakest": [], "pairs": []}
+    assert evaluate("--top=0") == 0
+    printed = capsys.readouterr().out
+    assert "Differences, paired" in printed
+    for absent in ("Most confused", "Weakest", "none"):
+        assert absent not in printed
+        assert absent not in run_paths(site / "run").evaluation("test").markdown.read_text()
+
+
+def test_a_report_is_of_the_file_that_was_read(site, evaluate, tmp_path, monkeypatch, capsys):
+    """A run on its way saves a better checkpoint under the same name."""
+    run = run_paths(tmp_path / "run")
+    run.root.mkdir()
+    run.best.write_bytes(run_paths(site / "run").best.read_bytes())
+    before = hashlib.sha256(run.best.read_bytes()).hexdigest()
+    load = checkpoints.load_with_sha256
+
+    def load_and_replace(path):
+        found = load(path)
+        checkpoints.save(found[0] | {"epoch": 9}, path)
+        return found
+
+    monkeypatch.setattr(checkpoints, "load_with_sha256", load_and_replace)
+    capsys.readouterr()
+    assert evaluate(f"--checkpoint={run.best}", "--json") == 0
+    column = json.loads(capsys.readouterr().out)["columns"][1]
+    assert hashlib.sha256(run.best.read_bytes()).hexdigest() != before
+    assert column["sha256"] == before
+    assert column["epoch"] != 9
 
 
 def test_a_limit_of_queries_is_heeded_and_the_gallery_stays(site, evaluate, capsys):
@@ -310,8 +378,24 @@ def test_a_checkpoint_that_cannot_be_used_stops_it_before_the_work(
     assert evaluate(f"--checkpoint={good}", f"--checkpoint={torn}", f"--output={output}") == 3
     error = capsys.readouterr().err
     assert f"{torn} is torn" in error
-    assert "raw embeddings" not in error
     assert not output.exists()
+    fresh = f"--set=global.scratch_dir={tmp_path}/scratch"  # the split has not been read yet
+    assert evaluate(f"--checkpoint={good}", f"--checkpoint={torn}", fresh) == 3
+    assert not (tmp_path / "scratch").exists()
+
+
+def test_a_job_is_not_queued_for_files_that_are_not_there(site, evaluate, tmp_path, capsys):
+    background = [f"--set=global.log_dir={tmp_path}/logs", "--cluster=local"]
+    assert evaluate(f"--checkpoint={tmp_path}/no.pt", *background) == 3
+    assert f"there is no checkpoint {tmp_path}/no.pt" in capsys.readouterr().err
+    assert evaluate(f"--set=paths.checkpoint_dir={tmp_path}", *background) == 3
+    assert "holds neither checkpoint_best.pt nor" in capsys.readouterr().err
+    assert evaluate(f"--set=paths.test_parquet_path={tmp_path}/no.parquet", *background) == 3
+    assert f"{tmp_path}/no.parquet: no such file" in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    assert evaluate(f"--output={tmp_path}/file/out", *background) == 2
+    assert f"{tmp_path}/file is no folder" in capsys.readouterr().err
+    assert not (tmp_path / "logs").exists()
 
 
 def test_a_folder_that_cannot_be_written(site, evaluate, tmp_path, capsys):

@@ -3,19 +3,21 @@
 import http.server
 import json
 import multiprocessing
+import signal
 import socket
 import stat
 import threading
+from dataclasses import asdict, replace
 
 import pytest
 
 from tests import toy
 from tripletkit import config as configuration
-from tripletkit import endings, notify, stages, submission, worker
-from tripletkit.cluster import launch
+from tripletkit import endings, fsio, notify, stages, submission, worker
+from tripletkit.cluster import jobs, launch, preempt
 from tripletkit.config import Config
 from tripletkit.errors import REQUEUE, ConfigError, Interrupted
-from tripletkit.paths import run_paths
+from tripletkit.paths import LogPaths, run_paths
 
 TOKEN = "T0/B1/correct-horse"
 
@@ -177,6 +179,16 @@ def test_nobody_there(file, caplog):
     assert "did not get the message: Connection refused" in caplog.text
 
 
+def test_what_a_connection_raises_is_a_warning_that_does_not_repeat_it(file, caplog, monkeypatch):
+    def fails(*_args, **_more):
+        raise ValueError(f"what is {TOKEN}?")
+
+    monkeypatch.setattr(notify.urllib.request.OpenerDirector, "open", fails)
+    assert not send(file, f"https://example.org/{TOKEN}")
+    assert "the webhook at example.org did not get the message: it cannot be reached" in caplog.text
+    assert TOKEN not in caplog.text
+
+
 def test_a_file_that_cannot_be_read_is_a_warning(file, caplog):
     file.mkdir(parents=True)
     assert not notify.send(file, "done", {})
@@ -207,6 +219,18 @@ def test_addresses(url, monkeypatch, tmp_path):
     assert notify.address(str(tmp_path / "hook")) == url
 
 
+@pytest.mark.parametrize("how", ["option", "file", "variable"])
+def test_an_address_on_the_command_line_can_be_read_by_others(how, tmp_path, monkeypatch, caplog):
+    url = f"https://example.org/{TOKEN}"
+    (tmp_path / "hook").write_text(url)
+    monkeypatch.setenv(notify.VARIABLE, url if how == "variable" else "")
+    given = {"option": url, "file": str(tmp_path / "hook"), "variable": None}[how]
+    assert notify.address(given) == url
+    warnings = [r.message for r in caplog.records if r.levelname == "WARNING"]
+    assert ["--webhook FILE" in text for text in warnings] == [True] * (how == "option")
+    assert TOKEN not in caplog.text
+
+
 def test_without_one_there_is_none(monkeypatch):
     monkeypatch.delenv(notify.VARIABLE, raising=False)
     assert notify.address(None) is None
@@ -227,6 +251,8 @@ def test_without_one_there_is_none(monkeypatch):
         ("https://example.org/correct-horse a", "is no address"),
         ("https://example.org/correct-horse\tb", "is no address"),
         ("https://example.org/\xe9correct-horse", "is no address"),
+        ("https://exa..mple.com/correct-horse", "is no address"),
+        (f"https://{64 * 'a'}.com/correct-horse", "is no address"),
         ("https://user:correct-horse@example.org/", "has a user or a password"),
     ],
 )
@@ -271,7 +297,7 @@ def config(tmp_path, monkeypatch) -> Config:
     )
 
 
-def train(config: Config, url: str) -> int:
+def train(config: Config, url: str | None) -> int:
     return submission.start("train", config, {}, "here", dry_run=False, webhook=url)
 
 
@@ -322,6 +348,54 @@ def test_one_that_is_interrupted_has_not_ended(config, monkeypatch):
         assert worker.attend("train", config, {}, lambda: True) not in (0, REQUEUE)
     assert hook.got == []
     assert paths.webhook.exists(), "whoever goes on tells the end"
+
+
+@pytest.mark.parametrize(
+    ("fruitless", "cancelled", "status"), [(1, False, None), (2, False, "failed"), (2, True, None)]
+)
+def test_a_job_that_is_not_started_again_has_ended(
+    config, tmp_path, monkeypatch, fruitless, cancelled, status
+):
+    """After three starts without progress; unless a person stopped it."""
+    paths, logs = run_paths(config.checkpoint_dir), LogPaths(config.global_.log_dir)
+    monkeypatch.setenv("PATH", str(tmp_path))  # Slurm does not say that it was preempted
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    for restart in (2, 3):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
+        if restart == 2:
+            before = jobs.new_record("7", "train", "train:run", "c.toml")
+            fsio.write_json(logs.record("7"), asdict(replace(before, fruitless=fruitless)))
+
+    def interrupted(*_args):
+        raise Interrupted("stopped in epoch 1", progress=False)
+
+    monkeypatch.setitem(stages.JOBS, "train", interrupted)
+    stop = preempt.Stop()
+    stop.signals += [signal.SIGTERM] * cancelled
+    with Hook(200) as hook:
+        notify.keep(paths.webhook, hook.url)
+        code = worker.attend("train", config, {}, stop, "c.toml")
+    assert code == (REQUEUE if fruitless == 1 else Interrupted.exit_code)
+    told = [message["tripletkit"] for _, message in hook.got]
+    assert [facts["status"] for facts in told] == [status] * bool(status)
+    assert paths.webhook.exists() == (not told)
+    for facts in told:
+        assert facts["message"] == "3 starts without progress: stopped in epoch 1"
+
+
+@pytest.mark.parametrize("url", ["https://example.org/second", None])
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_second_training_in_the_folder_leaves_the_first_its_webhook(config, url, broken, caplog):
+    """Whatever makes it fail, it is not the end of the one that trains there."""
+    paths = run_paths(config.checkpoint_dir)
+    if broken:
+        config.paths.val_parquet_path.write_bytes(b"no parquet")
+    with Hook(200) as hook, fsio.exclusive_lock(paths.lock):  # by the first one
+        notify.keep(paths.webhook, hook.url)
+        assert train(config, url) != 0
+    assert hook.got == []
+    assert paths.webhook.read_text() == hook.url + "\n"
+    assert ("no webhook for this one" in caplog.text) == (url is not None)
 
 
 def test_loss_is_best_when_it_is_small(config, tmp_path):

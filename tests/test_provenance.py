@@ -1,7 +1,7 @@
 """provenance.json: what it says of code, data and machine, and that it costs no run anything."""
 
+import base64
 import json
-import multiprocessing
 import os
 import shutil
 import signal
@@ -10,15 +10,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests import toy
 from tests.test_loop import data, make_config, paths, run  # noqa: F401 - fixtures
-from tripletkit import fsio, provenance, repository
+from tripletkit import cli, fsio, provenance, repository
 from tripletkit.paths import StudyPaths
 from tripletkit.train import checkpoint as checkpoints
 from tripletkit.train.loop import train
 
-COMMAND = Path(sys.executable).with_name("tripletkit")
 ME = {
     "GIT_AUTHOR_NAME": "a", "GIT_AUTHOR_EMAIL": "a@b", "GIT_COMMITTER_NAME": "a",
     "GIT_COMMITTER_EMAIL": "a@b", "GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_SYSTEM": os.devnull,
@@ -127,6 +128,7 @@ def test_what_lies_in_a_repository_without_being_part_of_it(project):
     [
         ("https://me:hunter2@git.example/lab/code.git", "https://git.example/lab/code.git"),
         ("https://hunter2@git.example/code", "https://git.example/code"),
+        ("https://me:hunt/er@hunter2@git.example/code", "https://git.example/code"),
         ("https://git.example/code?token=hunter2", "https://git.example/code"),
         ("ssh://git@git.example/code", "ssh://git.example/code"),
         ("git@git.example:lab/code.git", "git@git.example:lab/code.git"),
@@ -137,15 +139,73 @@ def test_the_remote_is_known_without_its_credentials(project, address, shown):
     assert state(project).remote == shown
 
 
-def test_what_looks_like_a_secret_is_blanked_in_the_diff(project):
+SECRET_LINES = {
+    "export WANDB_API_KEY=hunter2": "export WANDB_API_KEY=***",
+    "AWS_SECRET_ACCESS_KEY=hunter2": "AWS_SECRET_ACCESS_KEY=***",
+    "password: hunter2": "password: ***",
+    "  'token' :  'hunter2', 'margin': 1": "  'token' :  ***",
+    'os.environ["API_KEY"] = "hunter2"': 'os.environ["API_KEY"] = ***',
+    'password = """hunter2"""': "password = ***",
+    'setup = ["export HF_TOKEN=hunter2"]': 'setup = ["export HF_TOKEN=***',
+    'headers = {"X": "Bearer hunter2"}': 'headers = {"X": "Bearer***',
+    "hf upload --token hunter2": "hf upload --token***",
+    'wandb.login(key="hunter2")': "wandb.login(key=***",
+    'post("https://hooks.example/services/hunter2")': 'post("https://hooks.example***',
+    "postgresql://ada:hunt/er2@db/d": "postgresql://***",
+    "postgresql://ada:hunter2@db/d?x=y@hunter2": "postgresql://***",
+    "# see https://docs.example:8080": "# see https://docs.example:8080",
+    "margin = 2": "margin = 2",
+}
+
+
+def test_what_may_be_a_secret_is_blanked_in_the_diff(project):
+    (project / "token.txt").touch()  # a name in a header is left alone
+    (project / "model.py").write_text("password = 'hunter2'\n\n\n\n\nmargin = 1\n")
+    commit(project)
+    (project / "token.txt").write_text("-- hunter\n")
     (project / "model.py").write_text(
-        "margin = 2\nAPI_KEY = 'hunter2'\nurl = 'postgresql://me:hunter2@host/db'\n"
-        'webhook: "https://hooks.example/hunter2"\n'
+        "password = 'hunter2'\n\n\n\n\n" + "\n".join(SECRET_LINES) + "\n"
     )
-    found = state(project).diff
-    assert b"hunter2" not in found
-    assert b"+margin = 2\n" in found
-    assert b"+API_KEY = '***'\n" in found
+    found = state(project).diff.decode()
+    assert "hunter2" not in found
+    assert "er2@" not in found
+    lines = found.splitlines()
+    assert [each[1:] for each in lines if each.startswith("+") and each[1:3] != "++"] == [
+        *SECRET_LINES.values(), "-- hunter",
+    ]  # fmt: skip
+    assert "+++ b/token.txt" in lines
+    assert any(each.startswith("@@ ") and each.endswith(" @@ password = ***") for each in lines)
+
+
+@given(st.text(), st.sampled_from(["password", "API_KEY", "Bearer", "hf_token", "credentials"]),
+       st.sampled_from(["=", ": ", " = '", " ", '"] = "']))  # fmt: skip
+def test_whatever_stands_before_the_name_what_follows_is_blanked(before, name, between):
+    line = f"+{before}{name}{between}hunter2".replace("\n", " ").encode()
+    assert b"hunter2" not in repository._blanked(b"@@ -1 +1 @@\n" + line)
+
+
+def test_states_that_differ_in_a_secret_are_not_the_same_code(project):
+    keys = set()
+    for value in ("hunter2", "hunter3"):
+        (project / "model.py").write_text(f"token = '{value}'\n")
+        found = state(project).diff
+        assert b"hunter" not in found
+        keys.add(provenance._diff_key(found))
+    assert len(keys) == 2
+
+
+@pytest.mark.parametrize("line", [
+    bytes(range(256)).hex() * 600, base64.b64encode(bytes(range(256)) * 900).decode(),
+    "://" * 100_000, "token" * 60_000, "token" + " " * 300_000, "a." * 150_000,
+], ids=lambda line: line[:6])  # fmt: skip
+def test_a_long_line_takes_no_longer_than_many_short_ones(line):
+    """With a search that takes the square of it, this takes hours."""
+    diff = f"@@ -1 +1 @@\n+{line} password = 'hunter2'\n".encode()
+    assert b"hunter2" not in repository._blanked(diff)
+    (argument,) = provenance.without_secrets([f"{line} password=hunter2"])
+    assert "hunter2" not in argument
+    address = f"https://{line}@git.example/code"
+    assert repository.without_credentials(address) == "https://git.example/code"
 
 
 def test_a_long_diff_is_cut_and_says_so(project, monkeypatch):
@@ -156,26 +216,70 @@ def test_a_long_diff_is_cut_and_says_so(project, monkeypatch):
     assert len(found.diff) == 1000
 
 
-def test_a_git_that_hangs_is_not_waited_for(tmp_path, project, monkeypatch):
+@pytest.mark.parametrize(
+    ("question", "known"),
+    [
+        ("rev-parse", ()),
+        ("--untracked-files=no", ("commit", "branch")),
+        ("diff", ("commit", "branch")),
+        ("--untracked-files=normal", ("commit", "branch", "changes", "diff")),
+    ],
+)
+def test_a_git_that_hangs_is_not_waited_for(tmp_path, project, monkeypatch, question, known):
     """At any question: a repository may be as large as its disk is slow."""
-    real = shutil.which("git")
+    (project / "model.py").write_text("margin = 3\n")
+    whole = state(project)
     fake = tmp_path / "bin" / "git"
     fake.parent.mkdir()
-    monkeypatch.setattr(repository, "SECONDS", 0.3)
-    commit_ = state(project).commit
+    fake.write_text(
+        f'#!/bin/sh\ncase " $* " in *" {question} "*) sleep 1000 & wait;; esac\n'
+        f'exec {shutil.which("git")} "$@"\n'
+    )
+    fake.chmod(0o700)
     monkeypatch.setenv("PATH", f"{fake.parent}:{os.environ['PATH']}")
-    for question, known in (("rev-parse", None), ("status", commit_), ("diff", commit_)):
-        (project / "model.py").write_text("margin = 3\n")
-        fake.write_text(
-            f'#!/bin/sh\ncase " $* " in *" {question} "*) sleep 1000 & wait;; esac\n'
-            f'exec {real} "$@"\n'
-        )
-        fake.chmod(0o700)
-        found = repository.state(project)
-        assert (found and found.commit) == known, question
-        if found is not None:
-            assert found.changes is None
-            assert found.diff == b""
+    answer = repository._output
+
+    def patiently(command: list[str], environment: dict[str, str]) -> bytes:
+        monkeypatch.setattr(repository, "SECONDS", 0.05 if question in command else 600)
+        return answer(command, environment)
+
+    monkeypatch.setattr(repository, "_output", patiently)
+    found = repository.state(project)
+    if not known:
+        assert found is None
+        return
+    unknown = {"changes": None, "diff": b"", "untracked": None}
+    for name in known:
+        unknown.pop(name, None)
+    assert found == whole._replace(**unknown)
+
+
+def test_settings_that_name_a_folder_of_somebody_else_as_theirs(tmp_path, project):
+    """Their repository lists the file, ours has the content, and a diff would show it."""
+    victim = tmp_path / "home"
+    victim.mkdir()
+    (victim / "model.py").write_text("-----BEGIN OPENSSH PRIVATE KEY-----\n")
+    git(project, "config", "core.worktree", str(victim))
+    assert "PRIVATE KEY" in git(project, "diff", "HEAD")  # the trap would work
+    assert repository.state(project) is None
+    git(victim, "init", "--quiet")  # one of its own is not theirs either
+    assert repository.state(project) is None
+
+
+def test_submodules_and_further_work_trees_have_their_files_elsewhere_rightly(tmp_path, project):
+    git(project, "worktree", "add", "--quiet", str(tmp_path / "second"))
+    (tmp_path / "second" / "model.py").write_text("margin = 4\n")
+    assert b"+margin = 4" in state(tmp_path / "second").diff
+    outer = tmp_path / "outer"
+    outer.mkdir()
+    git(outer, "init", "--quiet")
+    git(
+        outer, "-c", "protocol.file.allow=always", "submodule", "--quiet", "add", str(project), "in"
+    )
+    assert (outer / "in" / ".git").is_file()
+    (outer / "in" / "model.py").write_text("margin = 5\n")
+    assert b"+margin = 5" in state(outer / "in").diff
+    assert state(outer / "in").root == outer / "in"
 
 
 def trap(folder: Path, name: str) -> str:
@@ -241,16 +345,24 @@ def test_a_driver_that_cannot_be_switched_off_ends_the_questions(tmp_path, proje
         (["--storage-url", "postgresql://a@h/d?password=hunter2", "-v"],
          ["--storage-url", "***", "-v"]),
         (["-s", "slurm.setup=['export TOKEN=hunter2']"], ["-s", "slurm.setup=***"]),
-        (["--storage-path", "postgresql://a:hunt/er2@h/d"],
-         ["--storage-path", "postgresql://a:hunt"]),
-        (["report", "https://h.example/services/hunter2"], ["report", "https://h.example"]),
-        (["--storage-path", "host=h password=hunter2"],
+        (["-sslurm.setup=['export TOKEN=hunter2']"], ["-sslurm.setup=***"]),
+        (['--set=slurm.setup=["a\\nb", "export X=hunter2"]'], ["--set=slurm.setup=***"]),
+        (['--set=slurm.extra=["a\\n", "export WANDB_API_KEY=hunter2"]'],
+         ['--set=slurm.extra=["a\\n", "export WANDB_API_KEY=***']),
+        (["--set=tuning.storage_url=postgresql://a:hunter2/cd@h/d"],
+         ["--set=tuning.storage_url=***"]),
+        (["--storage-path", "postgresql://a:hunt/er2@h/d"], ["--storage-path", "postgresql://***"]),
+        (["report", "https://h.example/services/hunter2"], ["report", "https://h.example***"]),
+        (["--storage-path", "host=h password='a hunter2' user=u"],
          ["--storage-path", "host=h password=***"]),
+        (["/lab/curl/setup/token/bin/tripletkit", "report", "/data/secret_3"],
+         ["/lab/curl/setup/token/bin/tripletkit", "report", "/data/secret_3"]),
     ],
 )  # fmt: skip
 def test_a_command_is_shown_without_secrets(given, shown):
     result = provenance.without_secrets(given)
     assert "hunter2" not in str(result)
+    assert "er2" not in str(result)
     assert result == shown
 
 
@@ -289,26 +401,24 @@ def test_a_resumed_run_has_two_starts(paths, data):  # noqa: F811
     assert (first["trainer"]["from_step"], second["trainer"]["from_step"]) == (0, stopped_at)
 
 
-def die_at_the_third_step(paths, data) -> None:  # noqa: F811
-    steps = iter(range(2))
-
-    def should_stop() -> bool:
-        if next(steps, None) is None:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return False
-
-    train(make_config(paths), data, paths, should_stop=should_stop)
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from tripletkit import provenance
+from tripletkit.config import Config
+from tripletkit.paths import run_paths
+with provenance.recorded(run_paths(Path(sys.argv[1])), Config(), {}, {"device": "cpu", "processes": 1}):
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
 
 
 def test_a_killed_start_has_no_end(paths, data):  # noqa: F811
-    spawn = multiprocessing.get_context("spawn")
-    process = spawn.Process(target=die_at_the_third_step, args=(paths, data))
-    process.start()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
+    paths.root.mkdir(parents=True)
+    done = subprocess.run([sys.executable, "-c", KILLED, str(paths.root)])
+    assert done.returncode == -signal.SIGKILL
     (start,) = provenance.read(paths.root)["starts"]
     assert start["ended"] is None
-    run(paths, data)
+    run(paths, data, num_epochs=0)
     first, second = provenance.read(paths.root)["starts"]
     assert (first["ended"], second["ended"] is None) == (None, False)
 
@@ -365,7 +475,7 @@ def test_trials_of_a_study_share_the_changes_to_the_code(
     assert provenance.code_diff(trial.root, {"diff": "../../../etc/passwd"}) is None
 
 
-def test_the_command_of_a_user_is_on_file_and_its_secrets_are_not(tmp_path, project):
+def test_the_command_of_a_user_is_on_file_and_its_secrets_are_not(tmp_path, project, monkeypatch):
     toy.write_parquet(tmp_path / "train.parquet", buildings=20)
     (project / "config.toml").write_text(
         f'[global]\nscratch_dir = "{tmp_path}/scratch"\n'
@@ -373,18 +483,18 @@ def test_the_command_of_a_user_is_on_file_and_its_secrets_are_not(tmp_path, proj
         '[training]\nnum_epochs = 0\ndevice = "cpu"\n'
     )
     git(project, "remote", "add", "origin", "https://me:hunter2@git.example/code")
-    subprocess.run(
-        [COMMAND, "train", "--set", "slurm.setup=['export KEY=hunter2']"],
-        cwd=project, check=True, capture_output=True,
-        env={**os.environ, "TRIPLET_TRAINING_SETUP": "hunter2", "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
+    monkeypatch.chdir(project)
+    monkeypatch.setenv("TRIPLET_TRAINING_SETUP", "hunter2")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    setup = "--set=slurm.setup=['export KEY=hunter2']"
+    monkeypatch.setattr(sys, "argv", ["tripletkit", "train", setup])
+    assert cli.run(lambda: cli.app(standalone_mode=False)) == 0
     (file,) = (tmp_path / "scratch").rglob("provenance.json")
     assert "hunter2" not in file.read_text()
     start = json.loads(file.read_text())["starts"][0]
-    assert start["command"][1:] == ["train", "--set", "slurm.setup=***"]
+    assert start["command"] == ["tripletkit", "train", "--set=slurm.setup=***"]
     assert start["environment"]["OMP_NUM_THREADS"] == "1"
     assert start["environment"]["TRIPLET_TRAINING_SETUP"] == "***"
     assert start["code"]["work"]["root"] == str(project)
     assert start["code"]["work"]["remote"] == "https://git.example/code"
     assert "config.toml" in start["code"]["work"]["untracked"]
-    assert start["trainer"]["threads"] == 1

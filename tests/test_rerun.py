@@ -80,12 +80,12 @@ def test_a_rerun_is_identical(folder, capsys):
 def test_it_takes_as_many_threads_as_the_run_had(folder):
     file = run_paths(folder / "run").provenance
     found = json.loads(file.read_text())
-    for threads in (1, 3):
-        found["starts"][-1]["trainer"]["threads"] = threads
-        file.write_text(json.dumps(found))
-        assert call("run", "--into", f"with-{threads}", command="rerun") == 0
-        again = json.loads(run_paths(folder / f"with-{threads}").provenance.read_text())
-        assert again["starts"][0]["trainer"]["threads"] == threads
+    other = torch.get_num_threads() + 2
+    found["starts"][-1]["trainer"]["threads"] = other
+    file.write_text(json.dumps(found))
+    assert call("run", command="rerun") == 0
+    again = json.loads(run_paths(folder / "run-rerun").provenance.read_text())
+    assert again["starts"][0]["trainer"]["threads"] == other
 
 
 def test_an_interrupted_rerun_goes_on(folder, capsys):
@@ -178,10 +178,9 @@ def test_a_folder_that_is_something_else_is_left_alone(folder, capsys):
 
 def test_on_slurm_it_is_a_job_whose_ids_are_on_file(slurm, made, tmp_path, capsys):
     into = tmp_path / "again"
-    output = fleet.tripletkit(
-        "rerun", made / "run", "--into", into, "--cluster", "slurm",
-        "--set", f"global.log_dir={tmp_path}/logs",
-    )  # fmt: skip
+    words = (made / "run", "--into", into, "--set", f"global.log_dir={tmp_path}/logs")
+    assert call(*words, "--cluster", "slurm", command="rerun") == 0
+    output = capsys.readouterr().out
     job = output.split("slurm job ")[1].split()[0]
     assert f"when it is done: tripletkit diff {made}/run {into}\n" in output
     fleet.until(run_paths(into).final.exists, lambda: slurm.run("squeue"), deadline=180)
@@ -272,6 +271,22 @@ def test_what_is_known_to_differ_is_found(paths, data, capsys):  # noqa: F811
         for p in (paths, other)
     )
     assert f"best map@r {a:.4f} -> {b:.4f}" in output
+
+
+def test_changes_that_differ_in_a_secret_only_are_other_code_and_say_so(folder, capsys):
+    shutil.copytree(folder / "run", folder / "other")
+    for name, key in (("run", "00"), ("other", "11")):
+        run_ = run_paths(folder / name)
+        found = json.loads(run_.provenance.read_text())
+        found["starts"][0]["code"]["work"] = {"commit": "f" * 40, "diff": f"code_{key}.diff"}
+        run_.provenance.write_text(json.dumps(found))
+        run_.code(key).write_text(
+            f"diff --git a/x.py b/x.py\nindex 77..{key} 100644\n@@ -1 +1 @@\n-a\n+token***\n"
+        )
+    assert call("run", "other", command="diff") == 0
+    output = capsys.readouterr().out
+    assert "commit ffffffffffff and changes -> commit ffffffffffff and changes\n" in output
+    assert "changes that were not committed differ only in what is blanked\n" in output
 
 
 def test_weights_that_differ_are_told_by_how_much(paths, data):  # noqa: F811

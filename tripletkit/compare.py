@@ -18,8 +18,8 @@ from tripletkit import provenance, repository
 from tripletkit.config import Config
 from tripletkit.errors import ConfigError, DataError
 from tripletkit.log import logger
-from tripletkit.paths import RunPaths, TrialPaths, run_paths
-from tripletkit.provenance import BLANK
+from tripletkit.paths import RunPaths, StudyPaths, TrialPaths, run_paths
+from tripletkit.repository import BLANK
 
 Pairs = dict[str, tuple[Any, Any]]  # name -> what a and b have, where they differ
 
@@ -63,6 +63,8 @@ def open_run(folder: Path) -> Run:
     """Read a run's folder. Raises ConfigError if it is none, DataError if its files are broken."""
     from tripletkit.train import checkpoint as checkpoints
 
+    if StudyPaths(folder).identity.exists():
+        raise ConfigError(f"{folder} is a study", hint="name one of its trials, by its folder")
     paths = run_paths(folder.absolute())
     saved = paths.saved()
     if not (paths.config.exists() or saved):

@@ -77,8 +77,11 @@ def run(folder: Path) -> int:
     submission.submit_best(config, best, "here", prepare=False, dry_run=False)
     _step("7/8 tripletkit evaluate: characters that training never saw")
     tuned = final_config(config, best)
-    heads = [inputs.best_checkpoint(each) for each in (tuned, config)]
-    stages.evaluate(tuned, split="test", checkpoint=[str(path) for path in heads], top=5)
+    heads = [inputs.best_checkpoint(each) for each in (config, tuned)]
+    kept = run_paths(tuned.checkpoint_dir).evaluation("test").root
+    stages.evaluate(
+        tuned, split="test", checkpoint=[str(path) for path in heads], output=str(kept), top=5
+    )
     _picture(tuned, folder / "neighbors.png")
     _step("8/8 tripletkit report: of the final training, and of the study")
     pages = {kind: stages.report_path(tuned, kind) for kind in ("run", "study")}

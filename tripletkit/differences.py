@@ -140,6 +140,9 @@ def _code(found: Mapping[str, Any]) -> Iterator[str]:
         if each["lost"]:
             yield "    changes that were not committed are no longer on file"
         lines = each["patch"].splitlines()
+        a, b = ((each[side] or {}).get("commit") for side in "ab")
+        if not lines and not each["lost"] and a == b:
+            yield "    changes that were not committed differ only in what is blanked"
         files = [line.removeprefix("--- a: ") for line in lines if line.startswith("--- a: ")]
         if files:
             more = f" and {len(files) - NAMED} more" if len(files) > NAMED else ""

@@ -6,19 +6,19 @@ import json
 import math
 import socket
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from tripletkit import notify
+from tripletkit import fsio, notify
 from tripletkit.cluster import jobs
 from tripletkit.config import Config
 from tripletkit.log import logger
 from tripletkit.paths import LogPaths, RunPaths, StudyPaths
 
 if TYPE_CHECKING:
-    from optuna.trial import FrozenTrial
-
     from tripletkit.tune.budget import Reached
+    from tripletkit.tune.claims import JobStates
     from tripletkit.tune.storage import SharedStudy
 
 WORDS = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed"}
@@ -29,7 +29,7 @@ WORDS = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed"}
 
 def budget_reached(config: Config, shared: SharedStudy, *, slurm: bool) -> Reached | None:
     """The budget that lets none of the study's trials start now, asked anew; the study keeps it."""
-    from tripletkit.tune import budget
+    from tripletkit.tune import budget, claims
 
     if not config.tuning.budget_gpu_hours:
         budget.note(shared, None)
@@ -37,7 +37,7 @@ def budget_reached(config: Config, shared: SharedStudy, *, slurm: bool) -> Reach
     trials = shared.study.get_trials(deepcopy=False)
     purse = budget.Budget(config, _study_paths(config), slurm=slurm)
     waiting = [trial for trial in trials if trial.state.name == "WAITING"]
-    at_work = _at_work(config, trials)
+    at_work = claims.at_work(trials, _states(config))
     idle = {t.number for t in trials if t.state.name == "RUNNING"} - at_work
     some_left = bool(waiting or idle) or len(trials) < config.tuning.total
     may_start = not some_left or purse.allows(trials, idle, waiting[0] if waiting else None)
@@ -68,7 +68,7 @@ def _ending(config: Config, *, leaving: bool) -> tuple[str, dict[str, Any]] | No
     from tripletkit.monitor.inventory import Inventory
     from tripletkit.monitor.status import study_of
     from tripletkit.monitor.why import workers
-    from tripletkit.tune import budget, cost
+    from tripletkit.tune import budget, claims, cost
 
     inventory = Inventory(config, patience=10)
     shared = inventory.study()
@@ -78,7 +78,7 @@ def _ending(config: Config, *, leaving: bool) -> tuple[str, dict[str, Any]] | No
     reached = budget.of_study(shared)
     if done >= total and done == len(trials):
         status = "done"
-    elif reached is not None and not _at_work(config, trials):
+    elif reached is not None and not claims.at_work(trials, _states(config)):
         status = "budget"
     elif leaving and not workers(inventory).keys() - {jobs.current_job()}:
         status = "stopped"
@@ -106,17 +106,8 @@ def _ending(config: Config, *, leaving: bool) -> tuple[str, dict[str, Any]] | No
     return text, facts
 
 
-def _at_work(config: Config, trials: Sequence[FrozenTrial]) -> set[int]:
-    """The trials that a job works on, or may."""
-    from tripletkit.tune import claims
-
-    owners = {
-        trial.number: mark["job"]
-        for trial in trials
-        if trial.state.name == "RUNNING" and (mark := claims.owner(trial))
-    }
-    states = jobs.states(LogPaths(config.global_.log_dir), owners.values()) if owners else {}
-    return {n for n, job in owners.items() if states.get(job) in ("running", "unknown")}
+def _states(config: Config) -> JobStates:
+    return partial(jobs.states, LogPaths(config.global_.log_dir))
 
 
 def _study_paths(config: Config) -> StudyPaths:
@@ -127,8 +118,11 @@ def _study_paths(config: Config) -> StudyPaths:
 
 
 def tell_of_training(stage: str, config: Config, paths: RunPaths, message: str | None) -> None:
-    """Tell the webhook that a training is done, or that it failed with `message`. Never raises."""
-    if not paths.webhook.exists():
+    """Tell the webhook that a training is done, or that it failed with `message`. Never raises.
+
+    If another process trains in the folder it was not ours, and its webhook is that of the other.
+    """
+    if not paths.webhook.exists() or (message is not None and is_busy(paths)):
         return
     status = "done" if message is None else "failed"
     what = "final training" if stage == "best" else "training"
@@ -145,6 +139,14 @@ def tell_of_training(stage: str, config: Config, paths: RunPaths, message: str |
             f", {facts['metric']} {facts['value']:.4g}" if facts.get("value") is not None else ""
         )
     notify.send(paths.webhook, text, facts)
+
+
+def is_busy(paths: RunPaths) -> bool:
+    """Whether another process trains in this folder at this moment."""
+    if not paths.lock.exists():
+        return False
+    with fsio.exclusive_lock(paths.lock, wait=False) as lock:
+        return not lock.ours
 
 
 def _result(metric: str, paths: RunPaths) -> Mapping[str, Any]:

@@ -8,6 +8,7 @@ import fcntl
 import hashlib
 import json
 import os
+import secrets
 import shutil
 import time
 from collections.abc import Iterable, Iterator
@@ -22,10 +23,11 @@ def atomic_write(path: Path, mode: str = "wb") -> Iterator[IO[Any]]:
     """Open a file that appears under `path` only when the block ends without an error.
 
     The bytes are synced before the rename and the folder after it, so a crash leaves the old
-    file or the new one. The temporary name starts with a dot and ends in `.tmp`.
+    file or the new one. The temporary name starts with a dot and ends in `.tmp`; no other
+    process has it, not even one of the same number on another machine.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    aside = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
         with aside.open(mode) as file:
             yield file

@@ -15,9 +15,10 @@ logger = logging.getLogger("tripletkit")
 
 SLOT = "TRIPLETKIT_SLOT"  # in the environment of a process of a worker that has several
 
-# Results go to stdout, everything else to stderr, so that output can be piped.
-out = Console(highlight=False, markup=False)
-err = Console(stderr=True, highlight=False)
+# Results go to stdout, everything else to stderr, so that output can be piped. `:key:` in a name is
+# no picture of a key.
+out = Console(highlight=False, markup=False, emoji=False)
+err = Console(stderr=True, highlight=False, emoji=False)
 
 
 def setup(*, verbose: bool = False, plain: bool = False) -> None:
@@ -81,7 +82,7 @@ def progress(total: int, description: str) -> Iterator[Callable[[int, str], None
     from rich import progress as bars
 
     columns = (
-        bars.TextColumn("{task.description}"),
+        bars.TextColumn("{task.description}", markup=False),
         bars.BarColumn(),
         bars.MofNCompleteColumn(),
         bars.TimeRemainingColumn(),

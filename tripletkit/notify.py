@@ -8,7 +8,6 @@ one message per ending, whatever ends twice.
 from __future__ import annotations
 
 import contextlib
-import http.client
 import ipaddress
 import json
 import os
@@ -38,6 +37,11 @@ def address(given: str | None) -> str | None:
 
     Raises ConfigError, without repeating the address, if it cannot be used.
     """
+    if given and "://" in given:
+        logger.warning(
+            "others on this machine can read the address of --webhook while this runs (ps); "
+            "--webhook FILE and the variable %s hide it", VARIABLE,
+        )  # fmt: skip
     given = (given or os.environ.get(VARIABLE, "")).strip()
     if given and "://" not in given:
         try:
@@ -51,6 +55,7 @@ def address(given: str | None) -> str | None:
     try:
         url = urlsplit(given)
         host, _ = url.hostname, url.port
+        (host or "").encode("idna")  # as the connection does it
     except ValueError:  # its message may repeat the address
         raise _bad("is no address") from None
     if not given.isascii() or not given.isprintable() or " " in given or not host:
@@ -62,9 +67,13 @@ def address(given: str | None) -> str | None:
     return given
 
 
-def keep(path: Path, url: str) -> None:
-    """Leave the address for the processes that will report the end, in a file of mode 0600."""
+def keep(path: Path, url: str) -> str | None:
+    """Leave the address for the processes that will report the end, in a file of mode 0600.
+
+    Returns the one that was there before.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
+    before = path.read_text().strip() if path.exists() else None
     aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     aside.unlink(missing_ok=True)
     try:
@@ -73,11 +82,16 @@ def keep(path: Path, url: str) -> None:
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
+    return before
 
 
-def forget(path: Path) -> None:
-    """No message, after all."""
-    path.unlink(missing_ok=True)
+def forget(path: Path) -> bool:
+    """No message, after all; false if somebody sends it already."""
+    try:
+        path.unlink()
+    except FileNotFoundError:
+        return False
+    return True
 
 
 def send(path: Path, text: str, facts: Mapping[str, Any]) -> bool:
@@ -170,7 +184,7 @@ def _post(url: str, body: bytes) -> tuple[bool, str]:
         return error.code >= 500 or error.code == 429, _answer(error, parts)
     except urllib.error.URLError as error:
         return True, _words(error.reason)
-    except (OSError, http.client.HTTPException) as error:
+    except Exception as error:  # noqa: BLE001 - its message may repeat the address
         return True, _words(error)
     return False, ""
 

@@ -23,6 +23,7 @@ from tripletkit import config as configuration
 from tripletkit.config import ENV_PREFIX, Config
 from tripletkit.log import logger
 from tripletkit.paths import RunPaths, run_paths
+from tripletkit.repository import BLANK
 
 FORMAT = 1
 PACKAGES = ("torch", "numpy", "pyarrow", "optuna", "submitit", "pydantic")
@@ -40,12 +41,11 @@ SLURM = {
     "restart": "SLURM_RESTART_COUNT", "partition": "SLURM_JOB_PARTITION",
     "account": "SLURM_JOB_ACCOUNT", "nodes": "SLURM_JOB_NODELIST", "cluster": "SLURM_CLUSTER_NAME",
 }  # fmt: skip
-_SECRET = r"password|passwd|secret|token|credential|api_?key|webhook|url|dsn|setup"  # noqa: S105
-_SECRET_KEY = re.compile(rf"[\w.-]*(?:{_SECRET})[\w.-]*", re.IGNORECASE)
-_ADDRESS = re.compile(r"([a-z][a-z0-9+.-]*://)(?:[^/\s]*@)?([^/?#\s]*)\S*", re.IGNORECASE)
-_PASSWORD = re.compile(r"(\w*(?:password|passwd|secret|token)\w*=)\S+", re.IGNORECASE)
+_SECRET = re.compile(rf"{repository.SECRETS}|url|dsn|setup", re.IGNORECASE)
+_ASSIGNED = re.compile(
+    rf"((?:{_SECRET.pattern})[\w.-]{{0,40}}['\"]?\s*[=:]).+", re.IGNORECASE | re.DOTALL
+)
 _DIFF_NAME = re.compile(r"(?:\.\./)?code_[0-9a-f]+\.diff")
-BLANK = "***"
 
 
 def read(run_folder: Path) -> dict[str, Any] | None:
@@ -106,14 +106,21 @@ def recorded(
         }
         starts = (read(paths.root) or {"starts": []})["starts"]
         found = {"format_version": FORMAT, "data": data, "starts": [*starts, start]}
-        fsio.write_json(paths.provenance, found)
+        _write(paths.provenance, found)
     try:
         yield
     finally:
         if found:
             with _best_effort(paths):
                 found["starts"][-1]["ended"] = fsio.timestamp()
-                fsio.write_json(paths.provenance, found)
+                _write(paths.provenance, found)
+
+
+def _write(path: Path, found: Mapping[str, Any]) -> None:
+    """As JSON with a start per line: a run may have many, and indentation takes long to write."""
+    starts = ",\n".join(json.dumps(start, sort_keys=True) for start in found["starts"])
+    head = json.dumps({"format_version": FORMAT, "data": found["data"]}, sort_keys=True)
+    fsio.write_text(path, f'{head[:-1]}, "starts": [\n{starts}\n]}}\n')
 
 
 @contextlib.contextmanager
@@ -142,28 +149,24 @@ def without_secrets(arguments: Sequence[str]) -> list[str]:
     shown: list[str] = []
     blank_next = False
     for argument in arguments:
-        key, equals, _ = argument.partition("=")
-        secret = _SECRET_KEY.fullmatch(key) is not None
         if blank_next and not argument.startswith("--"):
             shown.append(BLANK)
-        elif secret and equals:
-            shown.append(f"{key}={BLANK}")
         else:
             shown.append(_without_secrets(argument))
-        blank_next = secret and not equals and key.startswith("-")
+        blank_next = (
+            argument.startswith("-") and "=" not in argument and bool(_SECRET.search(argument))
+        )
     return shown
 
 
 def _without_secrets(text: str) -> str:
-    """Addresses become their host: user, password and path may all be the secret."""
-    return _PASSWORD.sub(rf"\1{BLANK}", _ADDRESS.sub(r"\1\2", text))
+    return _ASSIGNED.sub(rf"\1{BLANK}", repository.hosts_only(text))
 
 
 def _environment(environ: Mapping[str, str]) -> dict[str, str]:
     names = sorted(k for k in environ if k in VARIABLES or k.startswith(ENV_PREFIX))
     return {
-        name: BLANK if _SECRET_KEY.fullmatch(name) else _without_secrets(environ[name])
-        for name in names
+        name: BLANK if _SECRET.search(name) else _without_secrets(environ[name]) for name in names
     }
 
 

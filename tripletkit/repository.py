@@ -35,15 +35,19 @@ _SAFE = {
     "color.ui": "false",
 }
 _DIFF = ("--binary", "--no-color", "--no-ext-diff", "--no-textconv", "--ignore-submodules=dirty")
-_STATUS = (
-    "--porcelain=v2", "--branch", "-z", "--untracked-files=normal", "--ignore-submodules=dirty",
-)  # fmt: skip
+_STATUS = ("--porcelain=v2", "--branch", "-z", "--ignore-submodules=dirty")
 _DRIVER = re.compile(r"filter\.(.+)\.(?:clean|smudge|process|required)")
 
-_CREDENTIALS = re.compile(r"\b([a-z][a-z0-9+.-]*://)[^/\s'\"]*@")
-_ASSIGNED = re.compile(
-    r"(\w*(?:password|passwd|secret|token|api_?key|webhook)\w*['\"]?\s*[:=]\s*)(['\"]).+?\2", re.I
+BLANK = "***"
+# Names of what holds a secret. Patterns begin with them, never with what may stand before: a search
+# takes a time then that grows with the length of a line, and not with its square.
+SECRETS = (
+    r"pass(?:word|wd|phrase)|secret|token|credential|(?:api|access|private)_?key|webhook|bearer"
+    r"|authorization|login\("
 )
+_SECRET = re.compile(rf"({SECRETS})([\w.-]{{0,40}}['\"\])]*\s*[:=]\s*)?.+", re.IGNORECASE)
+_SUSPECT = re.compile(rf"://|{SECRETS}")  # in lower case, which is several times quicker
+_ADDRESS = re.compile(r"://([\w.:\[\]-]*)(\S*)")  # its host, unless a user is before that; the rest
 
 
 class State(NamedTuple):
@@ -58,8 +62,8 @@ class State(NamedTuple):
     """The address of `origin`, or else of the first remote, without credentials."""
     changes: int | None
     """Tracked files that differ from the commit; None: git did not say in time."""
-    untracked: tuple[str, ...]
-    """At most MOST_NAMES; folders that hold nothing else end in a slash."""
+    untracked: tuple[str, ...] | None
+    """At most MOST_NAMES; folders that hold nothing else end in a slash. None: not in time."""
     diff: bytes
     """From the commit to the files as they are, secrets blanked; empty without changes."""
     cut: bool
@@ -74,11 +78,15 @@ def state(folder: Path, *, holding: Path | None = None) -> State | None:
     """The state of the repository that `folder` is in; None without one, or without git.
 
     With `holding`, a file: None also if that is in the folder of the repository but not part of
-    it, as an environment of installed packages is.
+    it, as an environment of installed packages is. And None if the repository lies elsewhere than
+    its files: its settings can name anybody's folder as theirs.
     """
     ask = _Asker(folder)
     try:
         root = Path(os.fsdecode(ask("rev-parse", "--show-toplevel")).removesuffix("\n"))
+        where = ("rev-parse", "--absolute-git-dir")
+        if ask(*where) != _Asker(root)(*where):
+            return None
         if holding is not None:
             ask("ls-files", "--error-unmatch", "--", str(holding))
         settings = _settings(ask("config", "--list", "-z"))
@@ -87,19 +95,20 @@ def state(folder: Path, *, holding: Path | None = None) -> State | None:
     commit: str | None = None
     branch: str | None = None
     changes: int | None = None
-    untracked: tuple[str, ...] = ()
+    untracked: tuple[str, ...] | None = None
     diff = b""
     try:
         ask.switch_off(settings)
-        entries = os.fsdecode(ask("status", *_STATUS)).split("\0")[:-1]
+        entries = ask.entries("status", *_STATUS, "--untracked-files=no")
         facts = dict(e[2:].split(" ", 1) for e in entries if e.startswith("# "))
         commit = None if facts["branch.oid"] == "(initial)" else facts["branch.oid"]
         branch = None if facts["branch.head"] == "(detached)" else facts["branch.head"]
-        untracked = tuple(e.removeprefix("? ") for e in entries if e.startswith("? "))[:MOST_NAMES]
-        changed = sum(not e.startswith(("# ", "? ")) for e in entries)
+        changed = sum(not e.startswith("# ") for e in entries)
         if commit is not None and changed:
             diff = ask("diff", *_DIFF, "HEAD", "--")
         changes = changed
+        entries = ask.entries("status", *_STATUS, "--untracked-files=normal")  # may take long
+        untracked = tuple(e.removeprefix("? ") for e in entries if e.startswith("? "))[:MOST_NAMES]
     except _NoAnswerError:  # these are quick in any repository
         commit = commit or ask.line("rev-parse", "--quiet", "--verify", "HEAD")
         branch = branch or ask.line("symbolic-ref", "--quiet", "--short", "HEAD")
@@ -115,9 +124,20 @@ def state(folder: Path, *, holding: Path | None = None) -> State | None:
     )
 
 
-def without_credentials(text: str) -> str:
-    """`text` with addresses that name no user and no password."""
-    return _CREDENTIALS.sub(r"\1", text)
+def without_credentials(address: str) -> str:
+    """The address without user and password."""
+    scheme, separator, rest = address.partition("://")
+    return scheme + separator + rest.rpartition("@")[2] if separator else address
+
+
+def hosts_only(text: str) -> str:
+    """`text` with addresses cut down to their host: user, password and path may all be the secret."""
+
+    def shown(found: re.Match[str]) -> str:
+        host, rest = found.groups()
+        return f"://{'' if '@' in rest else host}{BLANK if rest else ''}"
+
+    return _ADDRESS.sub(shown, text)
 
 
 def diff_of_diffs(a: str, b: str) -> str:
@@ -147,10 +167,18 @@ def _by_file(diff: str) -> dict[str, list[str]]:
 
 
 def _blanked(diff: bytes) -> bytes:
-    """A diff without what looks like a secret."""
-    text = diff.decode("latin-1")  # any bytes, and the same ones back
-    text = _CREDENTIALS.sub(r"\1***@", text)
-    return _ASSIGNED.sub(r"\1\2***\2", text).encode("latin-1")
+    """A diff without what may be a secret: what follows on the name of one, to the end of its line.
+
+    It still tells states apart that differ in no more than a secret: the whole file's hash is in it.
+    """
+    lines = diff.decode("latin-1").split("\n")  # any bytes, and the same ones back
+    code = True
+    for number, line in enumerate(lines):
+        if line.startswith(("@@", "diff --git ")):
+            code = line.startswith("@@")
+        if code and _SUSPECT.search(line.lower()):
+            lines[number] = _SECRET.sub(rf"\1\2{BLANK}", hosts_only(line))
+    return "\n".join(lines).encode("latin-1")
 
 
 def _settings(listed: bytes) -> dict[str, str]:
@@ -194,6 +222,10 @@ class _Asker:
             return os.fsdecode(self(*arguments)).strip() or None
         except _NoAnswerError:
             return None
+
+    def entries(self, *arguments: str) -> list[str]:
+        """What git prints with -z."""
+        return os.fsdecode(self(*arguments)).split("\0")[:-1]
 
     def __call__(self, *arguments: str) -> bytes:
         """What git prints, up to one byte more than MOST_BYTES."""

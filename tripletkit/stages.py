@@ -190,17 +190,34 @@ def evaluate(
     """Retrieval metrics of one split with their intervals, raw and through checkpoints' heads."""
     from tripletkit.apply.evaluate import evaluate
 
-    paths = [checkpoint] if isinstance(checkpoint, str) else checkpoint or ()
     evaluate(
         config,
         split,
-        [Path(path) for path in paths],
+        _paths(checkpoint),
         output=Path(output) if output else None,
         top=top,
         resamples=resamples,
         as_json=as_json,
     )
     return DONE
+
+
+def check_evaluation(
+    config: Config,
+    *,
+    split: str,
+    checkpoint: str | Sequence[str] | None = None,
+    output: str | None = None,
+    **_others: Any,
+) -> None:
+    """That `evaluate` with these options finds its files, before a job waits in a queue for them."""
+    from tripletkit.apply.evaluate import check
+
+    check(config, split, _paths(checkpoint), Path(output) if output else None)
+
+
+def _paths(given: str | Sequence[str] | None) -> list[Path]:
+    return [Path(path) for path in ([given] if isinstance(given, str) else given or ())]
 
 
 def embed_request(

@@ -16,7 +16,7 @@ from tripletkit.cluster.launch import Job, Submission
 from tripletkit.config import Config, Slurm
 from tripletkit.errors import DONE, ClusterError, ConfigError, TripletkitError
 from tripletkit.log import logger
-from tripletkit.paths import LogPaths, run_paths
+from tripletkit.paths import LogPaths, RunPaths, StudyPaths, run_paths
 
 if TYPE_CHECKING:
     import optuna
@@ -45,18 +45,21 @@ def start(
 ) -> int:
     """Run a stage here, or send it to a cluster. `webhook`: of a training."""
     _check_dry_run(cluster, dry_run)
+    run = run_paths(config.checkpoint_dir)
     if cluster == "here":
-        with _told(run_paths(config.checkpoint_dir).webhook, webhook):
+        with _told(run, webhook):
             return _here(stage, config, options)
     if stage == "train":
         inputs.check_files(config)
+    elif stage == "evaluate":
+        stages.check_evaluation(config, **options)
     job = _job(stage, config, options)
     if cluster == "slurm":
         preflight.check(job)
     if dry_run:
         log.out.print(launch.script(job), soft_wrap=True)
     else:
-        with _told(run_paths(config.checkpoint_dir).webhook, webhook):
+        with _told(run, webhook):
             _submit(job, _keep(stage, config), options, cluster)
     return DONE
 
@@ -91,7 +94,7 @@ def tune(
     shared = study.prepare(config, paths)
     left = stages.hand_back_lost(config, shared)
     if prepare:
-        with _told(paths.webhook, webhook):
+        with _told(paths, webhook):
             log.out.print(str(paths.config), soft_wrap=True)
         return DONE
     log.out.print(
@@ -107,7 +110,7 @@ def tune(
     for line in cost.quote(config, paths, shared.study, slurm=slurm):
         log.out.print(line, soft_wrap=True)
     job = replace(job, count=resources.workers(config, left))
-    with _told(paths.webhook, webhook):
+    with _told(paths, webhook):
         return _start_workers(job, config, paths.config, cluster)
 
 
@@ -154,8 +157,9 @@ def submit_best(
         log.out.print(launch.script(job), soft_wrap=True)
         return DONE
     config_file = _keep("best", final)
-    fsio.write_json(run_paths(final.checkpoint_dir).origin, best._asdict())
-    with _told(run_paths(final.checkpoint_dir).webhook, webhook):
+    run = run_paths(final.checkpoint_dir)
+    fsio.write_json(run.origin, best._asdict())
+    with _told(run, webhook):
         if prepare:
             log.out.print(str(config_file), soft_wrap=True)
             return DONE
@@ -188,13 +192,14 @@ def embed(
     checkpoint = options["checkpoint"] or str(inputs.best_checkpoint(config).absolute())
     options = {**options, "checkpoint": checkpoint}
     request = stages.embed_request(**options)
-    left = embedding.check(config, request)
-    if left == 0:
+    plan = embedding.check(config, request)
+    if plan.left == 0:
         log.out.print(f"{request.destination} is there already: nothing to do", soft_wrap=True)
         return DONE
+    options = {**options, "weights": plan.weights}  # a training may replace the checkpoint
     if cluster == "here":
         return _here("embed", config, options)
-    job = _job("embed", config, options, count=min(left, workers or 1))
+    job = _job("embed", config, options, count=min(plan.left, workers or 1))
     if cluster == "slurm":
         one = request.destination.suffix == ".parquet"
         preflight.check(job, [request.destination.parent if one else request.destination])
@@ -272,15 +277,20 @@ def _submit(
 
 
 @contextlib.contextmanager
-def _told(file: Path, webhook: str | None) -> Iterator[None]:
-    """What the block starts tells the webhook how it ended; unless it does not start."""
-    if webhook is not None:
-        notify.keep(file, webhook)
+def _told(paths: RunPaths | StudyPaths, webhook: str | None) -> Iterator[None]:
+    """What the block starts tells the webhook how it ended; unless it does not start.
+
+    While a process trains in the folder of a run, the address there is its own.
+    """
+    if webhook is not None and isinstance(paths, RunPaths) and endings.is_busy(paths):
+        logger.warning("another process is training in %s: no webhook for this one", paths.root)
+        webhook = None
+    before = None if webhook is None else notify.keep(paths.webhook, webhook)
     try:
         yield
     except BaseException:
-        if webhook is not None:
-            notify.forget(file)
+        if webhook is not None and notify.forget(paths.webhook) and before is not None:
+            notify.keep(paths.webhook, before)
         raise
 
 

@@ -78,29 +78,33 @@ def attend(
             if config_file:
                 logger.info("job %s on %s: %s, %s", job, record.host, name, config_file)
             ending = boundary.run(lambda: stages.JOBS[stage](loaded, stop, **options))
-            code, progress = ending.exit_code, True
+            code, message, progress = ending.exit_code, ending.message, True
+            is_over = not isinstance(ending.error, Interrupted)  # else somebody goes on with it
             if isinstance(ending.error, Interrupted | StorageAway) and config_file:
                 progress = ending.error.progress
                 fruitless = 0 if progress else record.fruitless + 1
-                code = REQUEUE if _runs_again(job, stop, fruitless) else code
-            ended(code, ending.message, progress=progress)
-            if stage in ("train", "best") and not isinstance(ending.error, Interrupted):
+                if _runs_again(job, stop):
+                    is_over = fruitless >= FRUITLESS_STARTS
+                    if is_over:
+                        message = f"{fruitless} starts without progress: {message}"
+                        logger.error("not asking for another start: %s", message)
+                    else:
+                        code = REQUEUE
+            ended(code, message, progress=progress)
+            if stage in ("train", "best") and is_over:
                 run = run_paths(loaded.checkpoint_dir)
-                endings.tell_of_training(stage, loaded, run, ending.message)
+                endings.tell_of_training(stage, loaded, run, message)
     except Interrupted as error:  # before we could begin
-        if not config_file or not _runs_again(job, stop, 0):
+        if not config_file or not _runs_again(job, stop):
             raise
         boundary.say(error.message, error.hint)
         return REQUEUE
     return code
 
 
-def _runs_again(job: str, stop: Stop, fruitless: int) -> bool:
+def _runs_again(job: str, stop: Stop) -> bool:
     """Whether to ask for another start: time limit or preemption, not a cancelled job."""
     if job.startswith(jobs.LOCAL):
-        return False
-    if fruitless >= FRUITLESS_STARTS:
-        logger.error("%d starts without progress: not asking for another", fruitless)
         return False
     if not stop() or (stop.wants_requeue and not stop.terminated):
         return True

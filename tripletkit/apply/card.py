@@ -11,7 +11,7 @@ from typing import Any
 
 from tripletkit import __version__
 from tripletkit import config as configuration
-from tripletkit.apply.facts import Facts, commit
+from tripletkit.apply.facts import Facts, Tested, commit
 
 TAGS = ("embeddings", "feature-extraction", "metric-learning", "projection-head", "triplet-loss")
 TASK = "Retrieval of images of the same building"
@@ -30,9 +30,10 @@ LIMITS = (
 )
 VALIDATION_FLATTERS = (
     "The validation data chose the epoch, and the parameters if they were tuned, so its metrics "
-    "flatter a little. They also depend on the size of the gallery. Judge by data that took no "
-    "part: `tripletkit evaluate --split test`."
+    "flatter a little."
 )
+TEST_FIRST = "Judge by data that took no part: `tripletkit evaluate --split test`."
+GALLERY = "Metrics depend on the size of the gallery: compare only on the same data."
 
 # How to use the files without tripletkit; docs/how-to/use-elsewhere.md has the same text.
 WITH_TORCH = '''\
@@ -123,31 +124,62 @@ def _front_matter(name: str, facts: Facts, files: list[str]) -> str:
     formats = [each for each in ("safetensors", "onnx") if f"model.{each}" in files]
     lines = ["---", "# license: yours to choose, for example mit", "library_name: tripletkit"]
     lines += ["tags:", *(f"- {tag}" for tag in (*TAGS, *formats))]
+    results = []
+    if facts.tested:
+        values = {metric: head for metric, (_, head, _, _) in facts.tested.metrics.items()}
+        results += _result("test", facts.tested.name, values)
     if facts.trained:
-        data = next(
-            (each.name for each in facts.sources if each.what == "validation"), "validation"
-        )
-        lines += [
-            "model-index:",
-            f"- name: {quote(name)}",
-            "  results:",
-            "  - task:",
-            "      type: image-feature-extraction",
-            f"      name: {TASK}",
-            "    dataset:",
-            f"      name: {quote(data)}",
-            "      type: parquet",
-            "      split: validation",
-            "    metrics:",
-        ]
-        for metric, value in facts.trained.items():
-            lines += [f"    - type: {quote(metric)}", f"      value: {value:.6f}"]
+        names = (each.name for each in facts.sources if each.what == "validation")
+        results += _result("validation", next(names, "validation"), facts.trained)
+    if results:
+        lines += ["model-index:", f"- name: {quote(name)}", "  results:", *results]
     return "\n".join([*lines, "---"])
 
 
+def _result(split: str, data: str, metrics: Mapping[str, float]) -> list[str]:
+    """One of the results in the metadata."""
+    lines = [
+        "  - task:",
+        "      type: image-feature-extraction",
+        f"      name: {TASK}",
+        "    dataset:",
+        f"      name: {quote(data)}",
+        "      type: parquet",
+        f"      split: {split}",
+        "    metrics:",
+    ]
+    for metric, value in metrics.items():
+        lines += [f"    - type: {quote(metric)}", f"      value: {value:.6f}"]
+    return lines
+
+
 def _results(facts: Facts) -> list[str]:
-    if not facts.trained:
+    if not facts.trained and not facts.tested:
         return ["Not recorded for these weights; `tripletkit evaluate` measures them."]
+    return [*_test_results(facts.tested), *_validation_results(facts)]
+
+
+def _test_results(tested: Tested | None) -> list[str]:
+    if tested is None:
+        return []
+    rows = [
+        (escape(name), _number(raw), _number(head), f"{low:.4f} to {high:.4f}")
+        for name, (raw, head, low, high) in tested.metrics.items()
+    ]
+    basis = (
+        f"{TASK} among the test data, {escape(tested.name)} (fingerprint "
+        f"{escape(tested.fingerprint)}): {tested.queries:,} queries of {tested.buildings:,} "
+        f"buildings in a gallery of {tested.images:,} images. The interval is over buildings."
+    )
+    return [
+        basis,
+        _table(("metric", "raw embeddings", "this head", f"{tested.level:.0%} interval"), rows),
+    ]
+
+
+def _validation_results(facts: Facts) -> list[str]:
+    if not facts.trained:
+        return []
     both = bool(facts.raw)
     rows = [
         (escape(name), *([_number(facts.raw.get(name))] if both else []), _number(value))
@@ -173,7 +205,13 @@ def _data(facts: Facts) -> list[str]:
     if not facts.sources:
         return ["Not recorded in the checkpoint."]
     rows = [
-        (each.what, escape(each.name), _count_of(each.rows), _count_of(each.buildings), each.key)
+        (
+            each.what,
+            escape(each.name),
+            _count_of(each.rows),
+            _count_of(each.buildings),
+            escape(each.key),
+        )
         for each in facts.sources
     ]
     parts = [_table(("", "file", "rows", "buildings", "fingerprint"), rows)]
@@ -187,7 +225,7 @@ def _data(facts: Facts) -> list[str]:
         f"{k} = {facts.training[k]}" for k, all_ in samples.items() if facts.training[k] != all_
     ]
     if used:
-        parts.append(f"Only a sample of the buildings was used: `{', '.join(used)}`.")
+        parts.append(f"Only a sample of the buildings was used: {escape(', '.join(used))}.")
     return parts
 
 
@@ -238,7 +276,11 @@ def _versions() -> dict[str, str]:
 
 
 def _limits(facts: Facts) -> list[str]:
-    shown = [*LIMITS, VALIDATION_FLATTERS] if facts.trained else LIMITS
+    shown = [*LIMITS]
+    if facts.trained:
+        shown.append(VALIDATION_FLATTERS if facts.tested else f"{VALIDATION_FLATTERS} {TEST_FIRST}")
+    if facts.trained or facts.tested:
+        shown.append(GALLERY)
     return ["\n".join(f"- {limit}" for limit in shown)]
 
 

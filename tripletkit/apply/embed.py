@@ -19,8 +19,8 @@ import numpy as np
 
 from tripletkit import fsio, log
 from tripletkit.apply import outputs as files
-from tripletkit.apply.projection import Vectors, project, rows_done
-from tripletkit.apply.recipe import OF_WORK, Job, Output, Request
+from tripletkit.apply.projection import Vectors, project, vectors_in
+from tripletkit.apply.recipe import Job, Output, Request
 from tripletkit.config import Config
 from tripletkit.data import parquet
 from tripletkit.data.parquet import Table
@@ -46,11 +46,19 @@ class Result:
 # --- before it begins ------------------------------------------------------------------------
 
 
-def check(config: Config, request: Request) -> int:
-    """How many outputs are still to be made; reads footers, and the first row of each source.
+@dataclass(frozen=True)
+class Plan:
+    """What there is to do."""
 
-    Raises ConfigError, and DataError for sources that cannot be used and for outputs, or
-    beginnings of them, that were made of something else.
+    left: int  # outputs that are still to be made
+    weights: str  # of the checkpoint, for `Request.weights`
+
+
+def check(config: Config, request: Request) -> Plan:
+    """What is still to be made; reads footers, and the first row of each source.
+
+    Raises ConfigError, and DataError for sources that cannot be used and for outputs that were
+    made of something else.
     """
     todo = outputs(request)
     job = Job(config, request, "cpu")  # a login node need not have what the job will
@@ -59,24 +67,29 @@ def check(config: Config, request: Request) -> int:
         for part in _files(parquet.open_table(output.sources, job.needed)):
             job.projector.check(part)
         job.provenance(output)  # knows the columns
-        if not job.finished(output):
+        if not job.finished(output) or output.work.exists():
             left += 1
-            for source in output.sources:
-                job.check_begun(output, source, but=OF_WORK)
-    return left
+        elif job.outdated(output):
+            logger.warning(
+                "%s is older than its source: if that has other content now, --force makes it anew",
+                output.path,
+            )
+    return Plan(left, job.weights)
 
 
 def outputs(request: Request) -> list[Output]:
     """Which files become which. Raises ConfigError when that is not clear."""
-    sources = parquet.find_files(request.source)
     path = request.destination
     one = path.suffix == ".parquet" and not path.is_dir()
+    sources = _not_made_by_us(parquet.find_files(request.source), path)
     if request.per_building and request.columns:
         raise ConfigError("--per-building and --columns exclude each other")
     if request.per_building and not one:
         raise ConfigError(f"{path}: --per-building writes one file, so its name ends in .parquet")
-    if request.source.is_dir() and path.parent.absolute() == request.source.absolute():
-        raise ConfigError(f"{path} would be one of the sources itself the next time")
+    folder = path.parent if one else path
+    above = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+    if not above.is_dir():
+        raise ConfigError(f"{above} is a file, so {path} cannot be written")
     if one and len(sources) > 1 and not request.per_building:
         raise ConfigError(
             f"{request.source} is {len(sources)} files, so {path} must be a folder",
@@ -103,6 +116,18 @@ def outputs(request: Request) -> list[Output]:
     return found
 
 
+def _not_made_by_us(sources: tuple[Path, ...], destination: Path) -> tuple[Path, ...]:
+    """The sources but for former output, which a folder or glob may hold the next time."""
+    here = destination.resolve()
+    others = tuple(
+        source
+        for source in sources
+        if here not in ((found := source.resolve()), found.parent)
+        or files.provenance_of(source) is None
+    )
+    return others or sources
+
+
 # --- doing it --------------------------------------------------------------------------------
 
 
@@ -115,8 +140,11 @@ def run(config: Config, request: Request, should_stop: Callable[[], bool]) -> Re
     todo = outputs(request)
     job = Job(config, request)
     turn, turns = _turn()
-    left = deque(sorted(enumerate(todo), key=lambda each: (each[0] - turn) % turns))
+    left = deque(
+        output for first in range(turns) for output in todo[(turn + first) % turns :: turns]
+    )
     made: dict[Path, int] = {}
+    waits = False
     busy = 0  # how many of `left`, one after the other, others work on
     total = sum(parquet.open_table(each.sources, ()).total for each in todo)
     with log.progress(total, "embedding") as update:
@@ -125,17 +153,22 @@ def run(config: Config, request: Request, should_stop: Callable[[], bool]) -> Re
             if busy == len(left):
                 if turns > 1:
                     break
+                if not waits:
+                    logger.info(
+                        "waiting for other processes, which are at %d of the files", len(left)
+                    )
+                    waits = True
                 time.sleep(ASK_SECONDS)
                 busy = 0
-            number, output = left.popleft()
+            output = left.popleft()
             try:
                 steps.check_stop()
-                rows = _attempt(job, output, steps, ours=number % turns == turn)
+                rows = _attempt(job, output, steps)
             except Interrupted as stopped:
                 stopped.progress = stopped.progress or bool(made)
                 raise
             if rows is None:
-                left.append((number, output))
+                left.append(output)
                 busy += 1
             else:
                 busy = 0
@@ -158,35 +191,49 @@ def _turn() -> tuple[int, int]:
     return (this - first) % count, count
 
 
-def _attempt(job: Job, output: Output, steps: _Steps, *, ours: bool) -> int | None:
-    """Make an output: its rows, 0 if it was there, None if it is for another process."""
+def _attempt(job: Job, output: Output, steps: _Steps) -> int | None:
+    """Make an output: its rows, 0 if it was there, None if another process is at it.
+
+    Where locks do not work, another may be at it all the same: both come to the same file, and the
+    one that is first takes away the work folder.
+    """
     if job.finished(output) and not output.work.exists():
         return 0
     with _writing(output, job), fsio.exclusive_lock(output.lock, wait=False) as lock:
-        if not lock.ours or not (lock.sure or ours):
+        if not lock.ours:
             return None
-        if job.finished(output):  # meanwhile, or before its maker was killed
-            shutil.rmtree(output.work, ignore_errors=True)
-            return 0
-        if lock.sure:
-            name = glob.escape(output.path.name)
-            fsio.remove_leftovers(output.path.parent, f".{name}.[0-9]*.tmp")
-        table = parquet.open_table(output.sources, job.needed)
-        vectors = [_vectors(job, part, output, steps) for part in _files(table)]
-        provenance = job.provenance(output)
-        if job.request.per_building:
-            dtype = np.dtype(job.request.dtype)
-            rows = files.write_buildings(
-                output.path, table, vectors, dtype, provenance, steps.check_stop
-            )
-        else:
-            columns = files.carried(output.sources[0], job.request.columns)
-            rows = files.write_images(
-                output.path, table, columns, vectors[0], provenance, steps.check_stop
-            )
-        shutil.rmtree(output.work)
-        logger.info("%s: %s rows", output.path, f"{rows:,}")
+        rows = 0
+        try:
+            if not job.finished(output):  # meanwhile, or before its maker was killed
+                if lock.sure:
+                    name = glob.escape(output.path.name)
+                    fsio.remove_leftovers(output.path.parent, f".{name}.[0-9]*.tmp")
+                rows = _make(job, output, steps)
+        except FileNotFoundError:
+            if not job.finished(output):
+                raise
+        shutil.rmtree(output.work, ignore_errors=True)
         return rows
+
+
+def _make(job: Job, output: Output, steps: _Steps) -> int:
+    """Make an output, with what is in its work folder; returns its rows."""
+
+    def check() -> None:
+        steps.check_stop()
+        job.check_unchanged(*output.sources)
+
+    table = parquet.open_table(output.sources, job.needed)
+    vectors = [_vectors(job, part, output, steps) for part in _files(table)]
+    provenance = job.provenance(output)
+    if job.request.per_building:
+        dtype = np.dtype(job.request.dtype)
+        rows = files.write_buildings(output.path, table, vectors, dtype, provenance, check)
+    else:
+        columns = files.carried(output.sources[0], job.request.columns)
+        rows = files.write_images(output.path, table, columns, vectors[0], provenance, check)
+    logger.info("%s: %s rows", output.path, f"{rows:,}")
+    return rows
 
 
 class _Steps:
@@ -216,11 +263,21 @@ class _Steps:
 
 def _vectors(job: Job, table: Table, output: Output, steps: _Steps) -> Vectors:
     """The head's output for one source file, [N, d]: made, or gone on with, in the work folder."""
-    folder = job.begin(output, table.files[0])
-    steps.before += rows_done(folder)
-    return project(
-        table, job.projector, folder, should_stop=steps.should_stop, advance=steps.advance
+    (source,) = table.files
+    folder = job.folder(output, source)
+    if len(output.sources) == 1 and output.work.exists() and not folder.exists():
+        logger.info("%s was begun with something else, such as a precision: anew", output.path)
+    vectors = vectors_in(folder, table, job.projector)
+    steps.before += vectors.there()
+    project(
+        vectors,
+        table,
+        job.projector,
+        check=lambda: job.check_unchanged(source),
+        should_stop=steps.should_stop,
+        advance=steps.advance,
     )
+    return vectors
 
 
 @contextlib.contextmanager

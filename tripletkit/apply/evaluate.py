@@ -2,75 +2,107 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import combinations
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from tripletkit import __version__, fsio, inputs, log
-from tripletkit.apply import confusion, intervals
+from tripletkit.apply import confusion, intervals, tables
+from tripletkit.apply.tables import Report
 from tripletkit.config import Config
+from tripletkit.data import parquet
 from tripletkit.data.store import open_store
 from tripletkit.device import choose_device, choose_precision
 from tripletkit.errors import ConfigError
 from tripletkit.log import logger
 from tripletkit.paths import EvaluationPaths, run_paths
-from tripletkit.train.evaluation import Evaluation, metric_names
+from tripletkit.train import checkpoint as checkpoints
+from tripletkit.train.evaluation import Evaluation
 from tripletkit.train.head import Head
 
 FORMAT = 1  # of evaluation.json
 FEW = 30  # buildings; the intervals of fewer are rough
-SHOWN = 5  # buildings and pairs on the terminal
 RAW = "raw"
-
-Report = dict[str, Any]  # evaluation.json; docs/reference/metrics.md says what is in it
 
 
 def evaluate(
     config: Config,
     split: str,
-    checkpoints: Sequence[Path],
+    paths: Sequence[Path],
     *,
     output: Path | None,
     top: int,
     resamples: int,
     as_json: bool,
 ) -> None:
-    """Compare the checkpoints (default: the best of the run) with the raw embeddings of a split.
+    """Compare checkpoints (default: the best of the run) with the raw embeddings of a split.
 
     Prints the tables, or the report as JSON; keeps both in `output`, by default in the folder of
     the first checkpoint.
     """
-    checkpoints = list(dict.fromkeys(checkpoints)) or [inputs.best_checkpoint(config)]
-    kept = _place(split, checkpoints[0], output)
-    report = compare(config, split, checkpoints, top=top, resamples=resamples)
+    paths = _asked(config, paths)
+    kept = _place(split, paths[0], output)
+    report = compare(config, split, paths, top=top, resamples=resamples)
     if kept:
         write(report, kept)
     if as_json:
         log.out.print(json.dumps(report, indent=2), soft_wrap=True)
         return
-    _show(report)
+    tables.show(report)
     if kept:
         log.out.print(f"{kept.markdown}, {kept.report.name}", soft_wrap=True)
 
 
+def check(config: Config, split: str, paths: Sequence[Path], output: Path | None) -> None:
+    """What `evaluate` with the same arguments reads and writes, before a job waits for it."""
+    paths = _asked(config, paths)
+    _place(split, paths[0], output)
+    _open_heads(config, paths)
+    files = parquet.find_files(inputs.parquet_path(config, split))
+    parquet.open_table(files, [parquet.BUILDING, parquet.EMBEDDING])
+
+
+def _asked(config: Config, paths: Sequence[Path]) -> list[Path]:
+    return list(dict.fromkeys(paths)) or [inputs.best_checkpoint(config)]
+
+
+class _Opened(NamedTuple):
+    """A checkpoint as it was when it was read; the file may be another one by now."""
+
+    path: Path
+    head: Head
+    epoch: int | None
+    sha256: str
+
+
+def _open_heads(config: Config, paths: Sequence[Path]) -> list[_Opened]:
+    """The checkpoints' heads, which take vectors of the same width."""
+    opened: list[_Opened] = []
+    for path in paths:
+        state, sha256 = checkpoints.load_with_sha256(path)
+        width = opened[0].head.input_layer.in_features if opened else None
+        head = inputs.head_of(state, inputs.head_section(config, state), path, width)
+        opened.append(_Opened(path, head, state.get("epoch"), sha256))
+    return opened
+
+
 def compare(
-    config: Config, split: str, checkpoints: Sequence[Path], *, top: int, resamples: int
+    config: Config, split: str, paths: Sequence[Path], *, top: int, resamples: int
 ) -> Report:
     """The report: metrics and intervals of each column, their differences, what is confused.
 
     Each checkpoint projects the split once. Raises DataError for files that cannot be used.
     """
-    first = inputs.load_head(config, checkpoints[0])
-    width = first[0].input_layer.in_features
-    store = open_store(inputs.parquet_path(config, split), config.cache_dir, dim=width)
-    heads = [first, *(inputs.load_head(config, path, width) for path in checkpoints[1:])]
+    source = inputs.parquet_path(config, split)
+    opened = _open_heads(config, paths)
+    width = opened[0].head.input_layer.in_features
+    store = open_store(source, config.cache_dir, dim=width)
     device = choose_device(config.training.device)
     evaluation = Evaluation(
         store,
@@ -97,13 +129,11 @@ def compare(
     }
     columns: list[Report] = [{"name": RAW, "metrics": evaluation.summary(found)}]
     sums = [intervals.by_building(found, codes, top_k)]
-    names = column_names(checkpoints)
-    for name, path, (head, epoch) in zip(names, checkpoints, heads, strict=True):
+    for name, (path, head, epoch, sha256) in zip(column_names(paths), opened, strict=True):
         logger.info("%s: %s", split, path)
         column, scores = _column(evaluation, head.to(device), top)
         columns.append(
-            {"name": name, "checkpoint": str(path), "sha256": _sha256(path), "epoch": epoch}
-            | column
+            {"name": name, "checkpoint": str(path), "sha256": sha256, "epoch": epoch} | column
         )
         sums.append(scores)
 
@@ -140,15 +170,18 @@ def _column(evaluation: Evaluation, head: Head, top: int) -> tuple[Report, inter
     store, rows, codes = evaluation.store, evaluation.rows, evaluation.building
     projected = evaluation.projected(head)
     found = evaluation.retrieval(projected)
-    astray = confusion.mistakes(projected, codes.to(projected.device), found)
-    pairs = confusion.confused_pairs(store, rows, projected, top, found=astray)
-    weak = confusion.weakest(store, rows, projected, found, top, found=astray)
     column = {
         "metrics": {"val_loss": evaluation.loss(projected), **evaluation.summary(found)},
-        "mistakes": len(astray.query),
-        "weakest": [asdict(each) for each in weak],
-        "pairs": [asdict(each) for each in pairs],
+        "mistakes": int((found.first_hit_rank > 1).sum()),
+        "weakest": [],
+        "pairs": [],
     }
+    if top:  # it is a second search
+        astray = confusion.mistakes(projected, codes.to(projected.device), found)
+        pairs = confusion.confused_pairs(store, rows, projected, top, found=astray)
+        weak = confusion.weakest(store, rows, projected, found, top, found=astray)
+        column["weakest"] = [asdict(each) for each in weak]
+        column["pairs"] = [asdict(each) for each in pairs]
     top_k = evaluation.section.retrieval_metric_top_k
     return column, intervals.by_building(found, codes.numpy(), top_k)
 
@@ -182,22 +215,17 @@ def _add_intervals(
     ]
 
 
-def column_names(checkpoints: Sequence[Path]) -> list[str]:
-    """Short names that tell the files apart: the run's folder and which of its checkpoints."""
-    parts = [[*path.parts[:-1], path.stem.removeprefix("checkpoint_")] for path in checkpoints]
+def column_names(paths: Sequence[Path]) -> list[str]:
+    """Short names that tell checkpoints apart: the run's folder and which of its checkpoints."""
+    parts = [[*path.parts[:-1], path.stem.removeprefix("checkpoint_")] for path in paths]
     for depth in range(2, max(map(len, parts)) + 1):
         names = ["/".join(each[-depth:]).replace("//", "/") for each in parts]
         if len(set(names)) == len(names):
             return names
-    return [str(path) for path in checkpoints]
+    return [str(path) for path in paths]
 
 
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-# --- files and tables --------------------------------------------------------------------------
+# --- files -------------------------------------------------------------------------------------
 
 
 def _place(split: str, checkpoint: Path, output: Path | None) -> EvaluationPaths | None:
@@ -213,139 +241,14 @@ def _place(split: str, checkpoint: Path, output: Path | None) -> EvaluationPaths
 
 
 def write(report: Report, place: EvaluationPaths) -> None:
-    """Write the JSON and the markdown: both or none."""
+    """Write the JSON and the markdown, each whole; an error leaves both as they were.
+
+    The JSON comes last: a kill in between leaves it as it was, beside new markdown.
+    """
     with (
         fsio.atomic_write(place.report, "w") as as_json,
         fsio.atomic_write(place.markdown, "w") as as_markdown,
     ):
         as_json.write(json.dumps(report, indent=2) + "\n")
         as_json.flush()  # a full disk shows before either has its name
-        as_markdown.write(markdown(report))
-
-
-class Grid(NamedTuple):
-    """A table, however it is drawn."""
-
-    title: str
-    header: list[str]
-    rows: list[list[str]]
-
-
-def markdown(report: Report) -> str:
-    """The report as a page of tables."""
-    columns = report["columns"]
-    lines = [f"# Evaluation on {report['split']}", "", f"{_basis(report)}.", ""]
-    lines += [
-        f"- `{each['name']}`: `{each['checkpoint']}`, epoch {each['epoch']}, "
-        f"sha256 `{each['sha256'][:16]}...`"
-        for each in columns[1:]
-    ]
-    lines += [
-        f"- data: `{report['data']['source']}`, fingerprint `{report['data']['fingerprint']}`",
-        f"- tripletkit {report['tripletkit']}, {report['created']}, seed {report['seed']}",
-    ]
-    grids = [_metrics(report), _differences(report)]
-    for column in columns[1:]:
-        grids += [_pairs(column), _weakest(column)]
-    for grid in grids:
-        lines += ["", f"## {grid.title}", ""]
-        if not grid.rows:
-            lines += ["None."]
-            continue
-        lines += [_line(grid.header), "|" + "---|" * len(grid.header), *map(_line, grid.rows)]
-    return "\n".join(lines) + "\n"
-
-
-def _show(report: Report) -> None:
-    from rich.table import Column, Table
-
-    log.out.print(_basis(report), soft_wrap=True)
-    for each in report["columns"][1:]:
-        log.out.print(
-            f"{each['name']}: {each['checkpoint']}, epoch {each['epoch']}", soft_wrap=True
-        )
-    grids = [_metrics(report), _differences(report)]
-    for column in report["columns"][1:]:
-        pairs = _pairs(column, SHOWN)
-        names = slice(0, -2)  # the images' ids would not fit
-        pairs = pairs._replace(header=pairs.header[names], rows=[row[names] for row in pairs.rows])
-        grids += [pairs, _weakest(column, SHOWN)]
-    for grid in grids:
-        log.out.print(f"\n{grid.title}", soft_wrap=True)
-        if not grid.rows:
-            log.out.print("none")
-            continue
-        table = Table(*(Column(name, overflow="fold") for name in grid.header))
-        for row in grid.rows:
-            table.add_row(*row)
-        log.out.print(table)
-
-
-def _basis(report: Report) -> str:
-    data, bootstrap = report["data"], report["bootstrap"]
-    return (
-        f"{report['split']}: {data['queries']:,} queries of {data['queried_buildings']:,} buildings "
-        f"in a gallery of {data['images']:,} images; {bootstrap['level']:.0%} intervals of "
-        f"{bootstrap['resamples']:,} resamples of the buildings"
-    )
-
-
-def _metrics(report: Report) -> Grid:
-    columns = report["columns"]
-    rows = [
-        [name, *(_cell(column, name) for column in columns)]
-        for name in metric_names(columns[0]["metrics"])
-    ]
-    return Grid("Metrics", ["metric", *(column["name"] for column in columns)], rows)
-
-
-def _differences(report: Report) -> Grid:
-    differences = report["differences"]
-    rows = [
-        [name, *(_cell(each, name, "+.4f") for each in differences)]
-        for name in differences[0]["metrics"]
-    ]
-    header = ["metric", *(f"{each['of']} - {each['minus']}" for each in differences)]
-    return Grid("Differences, paired", header, rows)
-
-
-def _cell(column: Report, name: str, form: str = ".4f") -> str:
-    low, high = column["intervals"][name]
-    return f"{column['metrics'][name]:{form}} [{low:{form}},{high:{form}}]"
-
-
-def _pairs(column: Report, count: int | None = None) -> Grid:
-    rows = [
-        [
-            each["building"],
-            each["other"],
-            f"{each['mistakes']:,}",
-            f"{each['similarity']:.4f}",
-            *each["images"],
-        ]
-        for each in column["pairs"][:count]
-    ]
-    header = ["building", "other", "mistakes", "similarity", "image", "image of the other"]
-    title = f"Most confused pairs, {column['name']}: {column['mistakes']:,} mistakes in all"
-    return Grid(title, header, rows)
-
-
-def _weakest(column: Report, count: int | None = None) -> Grid:
-    rows = [
-        [
-            each["building"],
-            f"{each['images']:,}",
-            f"{each['recall_at_1']:.4f}",
-            f"{each['map_at_r']:.4f}",
-            each["taken_for"],
-        ]
-        for each in column["weakest"][:count]
-    ]
-    header = ["building", "images", "recall@1", "map@r", "taken for"]
-    return Grid(f"Weakest buildings, {column['name']}", header, rows)
-
-
-def _line(cells: Sequence[str]) -> str:
-    """A row of a markdown table."""
-    clean = (cell.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ") for cell in cells)
-    return "| " + " | ".join(clean) + " |"
+        as_markdown.write(tables.markdown(report))

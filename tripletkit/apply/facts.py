@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import re
 from collections.abc import Iterable, Mapping
@@ -39,6 +38,18 @@ class Source(NamedTuple):
     key: str  # as the run saw it, a sample of the buildings included
 
 
+class Tested(NamedTuple):
+    """What `tripletkit evaluate` found of these very weights on the test split."""
+
+    name: str  # of the data, without its folder
+    fingerprint: str
+    queries: int
+    buildings: int  # that the queries are of
+    images: int  # in the gallery
+    level: float  # of the intervals
+    metrics: Mapping[str, tuple[float, float, float, float]]  # raw, head, interval of the head
+
+
 @dataclass(frozen=True)
 class Facts:
     """What is known of a checkpoint. Empty where nothing is: other trainers record little."""
@@ -50,14 +61,17 @@ class Facts:
     state: str  # of the run: sentences, or nothing
     raw: Mapping[str, float]
     trained: Mapping[str, float]
+    tested: Tested | None
     sources: tuple[Source, ...]
     training: Mapping[str, Any]
     origin: Mapping[str, str]  # the run, and the study and trial that it comes from
     start: Mapping[str, Any]  # of the run, the newest, as its provenance has it
 
 
-def gather(config: Config, checkpoint: Path, state: Checkpoint, section: TrainingModel) -> Facts:
-    """Everything that checkpoint, run folder and data files tell."""
+def gather(
+    config: Config, checkpoint: Path, state: Checkpoint, sha256: str, section: TrainingModel
+) -> Facts:
+    """Everything that checkpoint and run folder tell; `sha256` is that of the checkpoint."""
     run = run_paths(checkpoint.absolute().parent)
     ours = "progress" in state
     progress, epoch = state.get("progress", {}), state.get("epoch")
@@ -66,11 +80,12 @@ def gather(config: Config, checkpoint: Path, state: Checkpoint, section: Trainin
     return Facts(
         section=section,
         checkpoint=checkpoint.name,
-        sha256=hashlib.sha256(checkpoint.read_bytes()).hexdigest(),
+        sha256=sha256,
         epoch=epoch if isinstance(epoch, int) else None,
         state=_how_far(state, run) if ours else "",
         raw=_numbers(progress.get("raw")),
         trained=_numbers(_validated(state, run)),
+        tested=_tested(run, sha256),
         sources=tuple(_sources(run_config(config, run), state["data"], known)) if ours else (),
         training={"seed": state["config"]["seed"], **state["config"]["training"]} if ours else {},
         origin=_origin(run) if ours else {},
@@ -123,7 +138,7 @@ def _how_far(state: Checkpoint, run: RunPaths) -> str:
     if progress["place"]:
         which += " and a part of the next"
     elif progress["best_epoch"] == progress["epoch"]:
-        which += f", the best so far in {state['config']['training']['monitor']}"
+        which += ", the best so far"
     return f"{ended} {which}."
 
 
@@ -144,6 +159,39 @@ def _validated(state: Checkpoint, run: RunPaths) -> object:
         or epoch % training["validate_every_n_epochs"] == 0
     )
     return progress["metrics"] if validated and not progress["place"] else {}
+
+
+def _tested(run: RunPaths, sha256: str) -> Tested | None:
+    """From the evaluation in the run's folder, if it is of these weights."""
+    path = run.evaluation("test").report
+    try:
+        report = json.loads(path.read_text())
+        data, (raw, *columns) = report["data"], report["columns"]
+        head = next((column for column in columns if column["sha256"] == sha256), None)
+        if head is None:
+            return None
+        return Tested(
+            name=Path(data["source"]).name,
+            fingerprint=str(data["fingerprint"]),
+            queries=int(data["queries"]),
+            buildings=int(data["queried_buildings"]),
+            images=int(data["images"]),
+            level=float(report["bootstrap"]["level"]),
+            metrics={
+                str(name): (
+                    float(raw["metrics"][name]),
+                    float(head["metrics"][name]),
+                    float(low),
+                    float(high),
+                )
+                for name, (low, high) in head["intervals"].items()
+            },
+        )
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+        logger.warning("%s is not used: %s", path, error)
+        return None
 
 
 def _records(run: RunPaths) -> list[dict[str, Any]]:

@@ -27,7 +27,9 @@ KEY = b"tripletkit"  # of the provenance in a file's metadata
 MADE_BY = "tripletkit embed"
 ALL = "all"  # --columns: every one
 IDS = (*dict.fromkeys(name for names in IMAGE_ID_COLUMNS for name in names), BUILDING)
-GROUP_BYTES = 32 * 2**20  # of a row group
+GROUP_BYTES = 32 * 2**20  # of a row group, decoded
+# Of what is decoded at once. Values that repeat themselves are far larger decoded than in the file.
+BATCH_ROWS = 2_048
 
 
 def provenance_of(path: Path) -> dict[str, Any] | None:
@@ -69,30 +71,31 @@ def write_images(
     columns: Sequence[str],
     vectors: Vectors,
     provenance: Mapping[str, Any],
-    check_stop: Callable[[], None],
+    check: Callable[[], None],
 ) -> int:
-    """A row per image of a source file: these columns of it, and the vectors [N, d]."""
+    """A row per image of a source file: these columns of it, and the vectors [N, d].
+
+    `check` is called after each row group, and may end it.
+    """
     (file,) = source.files
     if not set(IDS) & set(columns):
         logger.warning(
             "%s has none of the columns %s: only their order tells the rows apart",
             file, ", ".join(IDS),
         )  # fmt: skip
-    size = vectors.dtype.itemsize * vectors.dim + _bytes_per_row(file, columns)
-    rows = max(1, GROUP_BYTES // size)
+    size = _bytes_per_row(file, columns)
+    batches = parquet.batches(source, columns, max(1, min(BATCH_ROWS, GROUP_BYTES // 8 // size)))
 
     def groups() -> Iterator[pa.Table]:
         start = 0
-        batches = parquet.batches(source, columns, min(rows, parquet.BATCH_ROWS))
-        for held in _in_groups(batches, rows):
-            check_stop()
+        for held in _in_groups(batches, vectors.dtype.itemsize * vectors.dim):
             # The dictionaries of categories may differ from batch to batch.
             group = pa.Table.from_batches(held).unify_dictionaries()
             part = vectors.part(start, group.num_rows)
             yield group.append_column(EMBEDDING, _lists(part))
             start += group.num_rows
 
-    return _write(path, groups(), provenance)
+    return _write(path, groups(), provenance, check)
 
 
 def write_buildings(
@@ -101,29 +104,41 @@ def write_buildings(
     vectors: Sequence[Vectors],
     dtype: np.dtype[Any],
     provenance: Mapping[str, Any],
-    check_stop: Callable[[], None],
+    check: Callable[[], None],
 ) -> int:
-    """A row per building, in the order in which they appear first; `vectors` [N, d] of each file."""
-    kinds = {pq.read_schema(file).field(BUILDING).type for file in source.files}
-    kind = kinds.pop()
-    if kinds or not pa.types.is_integer(kind):
-        kind = pa.string()
-    means = pooling.mean_by_building(source, vectors, check_stop)
+    """A row per building, in the order in which they appear first; `vectors` [N, d] of each file.
+
+    `check` is called after each batch and row group, and may end it.
+    """
+    kind = _building_type(source.files)
+    means = pooling.mean_by_building(source, vectors, check)
     ids = pa.array(list(means.codes), pa.large_string())
-    rows = max(1, GROUP_BYTES // (8 * vectors[0].dim))
 
     def groups() -> Iterator[pa.Table]:
-        for start in range(0, len(ids), rows):
-            check_stop()
-            part = ids[start : start + rows]
-            counts, units = means.rows(start, start + len(part))
-            columns = (part.cast(kind), pa.array(counts), _lists(units.astype(dtype)))
+        for start, counts, units in means.groups(max(1, GROUP_BYTES // (8 * means.dim))):
+            part = ids[start : start + len(counts)].cast(kind)
+            columns = (part, pa.array(counts), _lists(units.astype(dtype)))
             yield pa.table(dict(zip((BUILDING, IMAGES, EMBEDDING), columns, strict=True)))
 
-    return _write(path, groups(), provenance)
+    return _write(path, groups(), provenance, check)
 
 
-def _write(path: Path, groups: Iterable[pa.Table], provenance: Mapping[str, Any]) -> int:
+def _building_type(files: Iterable[Path]) -> pa.DataType:
+    """An integer type that holds those of all files, or string."""
+    kinds = {pq.read_schema(file).field(BUILDING).type for file in files}
+    if all(map(pa.types.is_integer, kinds)):
+        common = np.result_type(*(kind.to_pandas_dtype() for kind in kinds))
+        if common.kind in "iu":  # numpy makes floats of int64 beside uint64
+            return pa.from_numpy_dtype(common)
+    return pa.string()
+
+
+def _write(
+    path: Path,
+    groups: Iterable[pa.Table],
+    provenance: Mapping[str, Any],
+    check: Callable[[], None],
+) -> int:
     """Write a file whole, each table as a row group; returns its rows.
 
     Unit vectors are noise to a compressor: zstd takes 8 % off, and reading takes longer. So they
@@ -147,6 +162,7 @@ def _write(path: Path, groups: Iterable[pa.Table], provenance: Mapping[str, Any]
                 )
             writer.write_table(group, row_group_size=max(1, group.num_rows))
             rows += group.num_rows
+            check()
     return rows
 
 
@@ -163,25 +179,22 @@ def _lists(vectors: NDArray[Any]) -> pa.Array:
     return pa.FixedSizeListArray.from_arrays(pa.array(vectors.ravel()), vectors.shape[1])
 
 
-def _in_groups(batches: Iterable[Batch], rows: int) -> Iterator[list[pa.RecordBatch]]:
-    """The record batches cut and put together to so many rows; fewer only at the end."""
+def _in_groups(batches: Iterable[Batch], more: int) -> Iterator[list[pa.RecordBatch]]:
+    """The record batches put together to groups of GROUP_BYTES; `more` bytes go with each row."""
     held: list[pa.RecordBatch] = []
-    count = 0
+    size = 0
     for batch in batches:
-        data = batch.data
-        while count + data.num_rows >= rows:
-            cut = rows - count
-            yield [*held, data.slice(0, cut)]
-            data, held, count = data.slice(cut), [], 0
-        if data.num_rows:
-            held.append(data)
-            count += data.num_rows
+        held.append(batch.data)
+        size += batch.data.nbytes + more * len(batch.data)
+        if size >= GROUP_BYTES:
+            yield held
+            held, size = [], 0
     if held:
         yield held
 
 
 def _bytes_per_row(source: Path, columns: Sequence[str]) -> int:
-    """What these columns take, before compression."""
+    """What these columns take in the file, before compression; at least 1."""
     footer = pq.read_metadata(source)
     prefixes = tuple(f"{name}." for name in columns)
     total = sum(
@@ -190,4 +203,4 @@ def _bytes_per_row(source: Path, columns: Sequence[str]) -> int:
         for chunk in map(group.column, range(group.num_columns))
         if f"{chunk.path_in_schema}.".startswith(prefixes)
     )
-    return int(total // max(1, footer.num_rows))
+    return max(1, int(total // footer.num_rows))

@@ -1,21 +1,19 @@
 """The head over a whole parquet file, in constant memory; killed, it goes on where it was.
 
-The output goes into one flat file in a work folder. Rows reach the head in blocks whose borders
-depend on nothing but the file, so the bytes are the same however often the work was interrupted.
+The output goes into a work folder, in segments. The borders of these, and of the blocks of rows
+that reach the head, depend on nothing but the file, so the bytes are the same however often the work
+was interrupted.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
-import os
-import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,9 +31,7 @@ from tripletkit.train.head import Head
 BLOCK_BYTES = 4 * 2**20  # of the rows that the head gets at once, in float32
 AHEAD = 2  # blocks that are read ahead
 IN_FLIGHT = 1  # blocks whose output is on its way back from a GPU while the next one is computed
-WRITES = 4  # blocks of output that wait for the disk
-SYNC_SECONDS = 10.0  # a power cut costs so much work, and so does a kill
-PROGRESS = "rows.json"
+SEGMENT_BYTES = 128 * 2**20  # of the rows that are kept at once, in float32; a kill costs so many
 
 # Told how many rows more are done.
 Advance = Callable[[int], None]
@@ -76,95 +72,97 @@ class Projector:
 
 @dataclass(frozen=True)
 class Vectors:
-    """N vectors of d numbers in a flat file. Not mapped: that would count as our memory."""
+    """N vectors of d numbers in a folder of flat files, the segments, each of which is whole.
 
-    path: Path
+    Not mapped: that would count as our memory.
+    """
+
+    folder: Path
     dtype: np.dtype[Any]
     dim: int
+    total: int  # N
+    step: int  # rows of a segment; the last one may have fewer
 
     def part(self, start: int, rows: int) -> NDArray[Any]:
         """Rows from `start` on, [rows, d]."""
-        offset = start * self.dim * self.dtype.itemsize
-        flat = np.fromfile(self.path, self.dtype, rows * self.dim, offset=offset)
-        return flat.reshape(rows, self.dim)
+        row = self.dim * self.dtype.itemsize
+        parts = [np.empty(0, self.dtype)]
+        for first in range(start - start % self.step, start + rows, self.step):
+            skipped = max(0, start - first)
+            count = min(self.step, start + rows - first) - skipped
+            path = self._segment(first)
+            parts.append(np.fromfile(path, self.dtype, count * self.dim, offset=skipped * row))
+        return np.concatenate(parts).reshape(rows, self.dim)
+
+    def there(self) -> int:
+        """How many rows are there, from the first one on."""
+        for first in range(0, self.total, self.step):
+            rows = min(self.step, self.total - first)
+            try:
+                size = self._segment(first).stat().st_size
+            except FileNotFoundError:
+                return first
+            if size != rows * self.dim * self.dtype.itemsize:
+                return first
+        return self.total
+
+    def write(self, first: int, blocks: list[NDArray[Any]]) -> int:
+        """Keep a segment, which begins with row `first`; returns its rows."""
+        with fsio.atomic_write(self._segment(first)) as file:
+            for block in blocks:
+                file.write(block.data)
+        return sum(map(len, blocks))
+
+    def _segment(self, first: int) -> Path:
+        return self.folder / f"{first:012}"
+
+
+def vectors_in(folder: Path, table: Table, projector: Projector) -> Vectors:
+    """Those of a table, as far as `folder` has them."""
+    row = 4 * max(projector.width, projector.dim)
+    block = _block_rows(projector)
+    step = block * max(1, SEGMENT_BYTES // (block * row))
+    return Vectors(folder, projector.dtype, projector.dim, table.total, step)
 
 
 def project(
+    vectors: Vectors,
     table: Table,
     projector: Projector,
-    folder: Path,
     *,
-    should_stop: Callable[[], bool],
-    advance: Advance,
-) -> Vectors:
-    """The head's output for every row of a table, [N, d], in a file in `folder`.
-
-    Goes on where a former process got to in the same folder. Raises Interrupted when asked to
-    stop, with the state saved, and DataError naming rows that cannot be used.
-    """
-    path = folder / "vectors"
-    done = rows_done(folder)
-    if done < table.total:
-        _go_on(table, projector, path, done, should_stop, advance)
-    return Vectors(path, projector.dtype, projector.dim)
-
-
-def _go_on(
-    table: Table,
-    projector: Projector,
-    path: Path,
-    first: int,
+    check: Callable[[], None],
     should_stop: Callable[[], bool],
     advance: Advance,
 ) -> None:
-    """Append the output of the rows from `first` on to `path`."""
-    done = first
-    with (
-        os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file,
-        ThreadPoolExecutor(1, "writer") as writer,
-    ):
-        file.truncate(first * projector.dim * projector.dtype.itemsize)
-        file.seek(0, os.SEEK_END)
-        writes: deque[Future[None]] = deque()
-        synced = time.monotonic()
-        for values in _outputs(table, projector, first):
-            writes.append(writer.submit(_append, file, values))
-            done += len(values)
-            advance(len(values))
-            if time.monotonic() - synced > SYNC_SECONDS:
-                writes.append(writer.submit(_sync, file, path.parent, done))
-                synced = time.monotonic()
-            while len(writes) > WRITES:
-                writes.popleft().result()
+    """Make those of the head's output for a table that are not there yet.
+
+    A segment appears whole, by a rename, and what is in it depends on nothing but the file: so
+    neither an end of any kind nor another process that is at the same can spoil it. `check` is
+    called before. Raises Interrupted when asked to stop, with all but the segment in hand saved,
+    and DataError naming rows that cannot be used.
+    """
+    done = vectors.there()
+    held: list[NDArray[Any]] = []
+    writing: Future[int] | None = None
+    with ThreadPoolExecutor(1, "writer") as writer:
+        for values in _outputs(table, projector, done) if done < table.total else ():
+            held.append(values)
+            rows = sum(map(len, held))
+            if rows == vectors.step or done + rows == table.total:
+                if writing:
+                    advance(writing.result())
+                check()
+                writing = writer.submit(vectors.write, done, held)
+                done, held = done + rows, []
             if should_stop():
                 break
-        writes.append(writer.submit(_sync, file, path.parent, done))
-        for write in writes:
-            write.result()
+        if writing:
+            advance(writing.result())
     if done < table.total:
         raise Interrupted(
             f"{table.name}: stopped after {done:,} of {table.total:,} rows",
             hint="the same command goes on from there",
         )
-
-
-def _append(file: IO[bytes], values: NDArray[Any]) -> None:
-    file.write(values.data)
-
-
-def _sync(file: IO[bytes], folder: Path, rows: int) -> None:
-    """Note that so many rows are on the disk, when they are."""
-    file.flush()
-    os.fsync(file.fileno())
-    fsio.write_json(folder / PROGRESS, rows)
-
-
-def rows_done(folder: Path) -> int:
-    """How many rows are in a work folder for sure."""
-    try:
-        return int(json.loads((folder / PROGRESS).read_text()))
-    except FileNotFoundError:
-        return 0
 
 
 # --- the head --------------------------------------------------------------------------------
@@ -176,7 +174,7 @@ def _outputs(table: Table, projector: Projector, first: int) -> Iterator[NDArray
     On a GPU the copies to and fro and the products of different blocks overlap.
     """
     half = projector.check(table) == np.float16
-    rows = max(1, BLOCK_BYTES // (4 * projector.width))
+    rows = _block_rows(projector)
     on_gpu = projector.device.type == "cuda"
     buffers = [
         torch.empty(
@@ -229,6 +227,11 @@ class _Output:
 
 
 # --- blocks ----------------------------------------------------------------------------------
+
+
+def _block_rows(projector: Projector) -> int:
+    """How many rows the head gets at once."""
+    return max(1, BLOCK_BYTES // (4 * projector.width))
 
 
 def _blocks(

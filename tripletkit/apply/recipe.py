@@ -1,10 +1,8 @@
-"""What an output of `embed` is made of, and whether one that is there, or was begun, is the same."""
+"""What an output of `embed` is made of, and whether one that is there is the same."""
 
 from __future__ import annotations
 
-import json
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +21,9 @@ from tripletkit.errors import DataError
 from tripletkit.train.head import Head
 
 FORMAT = 1
-RECIPE = "recipe.json"
 
-# What makes an output, or the beginning of one, another one; and what the user calls it.
+# What makes an output another one; and what the user calls it. Not the precision: it depends on the
+# machine, and is no reason to make a finished file again.
 IDENTITY = {
     "format": "tripletkit",
     "weights": "checkpoint",
@@ -33,16 +31,14 @@ IDENTITY = {
     "per_building": "--per-building",
     "columns": "--columns",
     "source_fingerprint": "source",
-    "precision": "training.precision",
-    "block_bytes": "tripletkit",
 }
 # What is said of the former one.
 SHOWN = {
-    "weights": "checkpoint", "dtype": "dtype", "columns": "columns", "precision": "precision",
+    "weights": "checkpoint",
+    "dtype": "dtype",
+    "columns": "columns",
     "source_fingerprint": "sources",
-}  # fmt: skip
-# How it was computed: not to be mixed in one file, but no reason to make a finished one again.
-OF_WORK = ("precision", "block_bytes")
+}
 
 
 @dataclass(frozen=True)
@@ -55,7 +51,8 @@ class Request:
     columns: tuple[str, ...] = ()  # beside ids and building; ("all",) is every one
     dtype: str = "float32"
     per_building: bool = False
-    force: bool = False  # replace what was made otherwise
+    force: bool = False  # replace what was made otherwise, or is older than its source
+    weights: str = ""  # of the checkpoint when it was asked for, as `Job.weights`
 
 
 @dataclass(frozen=True)
@@ -72,7 +69,7 @@ class Output:
 
     @property
     def work(self) -> Path:
-        """What is done of it."""
+        """What is done of it, in a folder for each way to make it."""
         return self.path.with_name(f".{self.path.name}.embed")
 
 
@@ -85,6 +82,11 @@ class Job:
         home = choose_device(device or config.training.device)
         make_deterministic(home)
         self.weights = _weights_key(head)
+        if request.weights not in ("", self.weights):
+            raise DataError(
+                f"{request.checkpoint} was replaced since this was asked for",
+                hint="ask again, with --checkpoint FILE of one that stays as it is",
+            )
         self.projector = Projector(
             head=head.to(home),
             device=home,
@@ -94,6 +96,7 @@ class Job:
         )
         self.precision = str(self.projector.precision).removeprefix("torch.")
         self.fingerprints: dict[tuple[Path, ...], str] = {}
+        self.states: dict[Path, tuple[int, ...]] = {}  # of sources, when first read
 
     @property
     def needed(self) -> list[str]:
@@ -103,8 +106,19 @@ class Job:
     def fingerprint(self, *sources: Path) -> str:
         """Of the content of files, which is read once."""
         if sources not in self.fingerprints:
+            for source in sources:
+                self.states.setdefault(source, _state(source))
             self.fingerprints[sources] = parquet.fingerprint(sources)
         return self.fingerprints[sources]
+
+    def check_unchanged(self, *sources: Path) -> None:
+        """Raise DataError if a source is not the file that it was when we began."""
+        for source in sources:
+            if _state(source) != self.states[source]:
+                raise DataError(
+                    f"{source} was changed while it was read",
+                    hint="the same command begins with it anew",
+                )
 
     def provenance(self, output: Output) -> dict[str, Any]:
         """What an output is made of; no times and no folders, so that equal work is equal bytes."""
@@ -126,23 +140,12 @@ class Job:
             "source_fingerprint": self.fingerprint(*output.sources),
         }
 
-    def recipe(self, source: Path) -> dict[str, Any]:
-        """What the vectors of a source are made of."""
-        return {
-            "format": FORMAT,
-            "weights": self.weights,
-            "precision": self.precision,
-            "dtype": str(self.projector.dtype),
-            "block_bytes": projection.BLOCK_BYTES,
-            "source_fingerprint": self.fingerprint(source),
-        }
-
     def finished(self, output: Output) -> bool:
         """Whether an output is there. Raises DataError if it was made of something else."""
-        if not output.path.exists():
+        if not output.path.exists() or (self.request.force and self.outdated(output)):
             return False
         found = files.provenance_of(output.path)
-        other = [] if found is None else _differences(found, self.provenance(output), but=OF_WORK)
+        other = [] if found is None else _differences(found, self.provenance(output))
         if found is not None and not other:
             return True
         if self.request.force:
@@ -152,50 +155,38 @@ class Job:
             f"{output.path} exists, and {why}", hint="--force replaces it; or choose another name"
         )
 
-    def folder(self, output: Output, source: Path) -> Path:
-        """Where the vectors of a source of an output are kept."""
-        many = len(output.sources) > 1
-        return output.work / (self.fingerprint(source) if many else "rows")
+    def outdated(self, output: Output) -> bool:
+        """Whether a source is newer than an output that is there.
 
-    def begin(self, output: Output, source: Path) -> Path:
-        """That folder, made, or left as a former process left it. Call it under the lock.
-
-        Raises DataError if that was at something else.
+        The fingerprint is of samples of a source: it does not know of every small correction.
         """
-        folder, recipe = self.folder(output, source), self.recipe(source)
-        if _begun(folder) != recipe:
-            self.check_begun(output, source)
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir(parents=True)
-            fsio.write_json(folder / RECIPE, recipe)
-        return folder
+        newest = max(source.stat().st_mtime_ns for source in output.sources)
+        return newest > output.path.stat().st_mtime_ns
 
-    def check_begun(self, output: Output, source: Path, but: Sequence[str] = ()) -> None:
-        """Raise DataError if an output was begun of something else, and that is not to be dropped."""
-        found = _begun(self.folder(output, source))
-        if found is None or self.request.force:
-            return
-        if other := _differences(found, self.recipe(source), but):
-            raise DataError(
-                f"{output.path} was begun with {' and '.join(other)}", hint="--force begins anew"
-            )
+    def folder(self, output: Output, source: Path) -> Path:
+        """Where the vectors of a source of an output are kept; another one for other vectors."""
+        parts = (
+            str(FORMAT), self.weights, self.precision, str(self.projector.dtype),
+            str(projection.BLOCK_BYTES), str(projection.SEGMENT_BYTES),
+            self.fingerprint(source), str(self.states[source]),
+        )  # fmt: skip
+        return output.work / fsio.digest(parts)
 
 
-def _begun(folder: Path) -> dict[str, Any] | None:
+def _state(source: Path) -> tuple[int, ...]:
+    """Changes when a file is written or replaced. Raises DataError if it is gone."""
     try:
-        recipe: dict[str, Any] = json.loads((folder / RECIPE).read_text())
+        found = source.stat()
     except FileNotFoundError:
-        return None
-    return recipe
+        raise DataError(f"{source}: no such file") from None
+    return found.st_ino, found.st_size, found.st_mtime_ns
 
 
-def _differences(
-    found: Mapping[str, Any], wanted: Mapping[str, Any], but: Sequence[str] = ()
-) -> list[str]:
+def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     """In which of the things that make it another one, `found` is not what is wanted."""
     said = []
     for key, name in IDENTITY.items():
-        if key in wanted and key not in but and found.get(key) != wanted[key]:
+        if key in wanted and found.get(key) != wanted[key]:
             value = found.get(SHOWN.get(key, ""))
             value = ", ".join(value) if isinstance(value, list) else value
             said.append(f"another {name}" + (f" ({value})" if value else ""))

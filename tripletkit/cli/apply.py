@@ -55,6 +55,8 @@ def evaluate(
 
     if split not in stages.SPLITS:
         raise ConfigError(f"--split is {split!r}", hint="one of train, val, test")
+    if output is not None and output.suffix in (".json", ".md"):
+        raise ConfigError(f"--output {output} is to be a folder", hint="it will hold two files")
     options = {
         "split": split,
         "checkpoint": [str(path.absolute()) for path in checkpoint or ()],
@@ -96,7 +98,10 @@ def embed(
         typer.Option("--per-building", help="One vector per building: the mean of its images'."),
     ] = False,
     force: Annotated[
-        bool, typer.Option("--force", help="Replace what was made with something else.")
+        bool,
+        typer.Option(
+            "--force", help="Replace what was made with something else, or before its source."
+        ),
     ] = False,
     cluster: OnCluster = "here",
     workers: Annotated[

@@ -129,7 +129,10 @@ def _read_file(path: Path) -> dict[str, Any]:
             f"there is no configuration file {path}", hint="`tripletkit init` writes one"
         ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}") from None
+        twice = "a section stands once in the file: put its keys below the one that is there"
+        raise ConfigError(
+            f"{path} is not valid TOML: {error}", hint=twice if "twice" in str(error) else None
+        ) from None
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from None
     known = sections()

@@ -232,6 +232,11 @@ def _readable(path: Path, where: str = "") -> Iterator[None]:
         yield
     except FileNotFoundError:
         raise DataError(f"{path}: no such file") from None
+    except pa.ArrowNotImplementedError as error:
+        raise DataError(
+            f"{path}: pyarrow cannot read it {where}".rstrip() + f": {error}",
+            hint="leave out the column of that type, or write it as another one",
+        ) from None
     except (pa.ArrowException, OSError) as error:
         reason = str(error).splitlines()[0]
         raise DataError(

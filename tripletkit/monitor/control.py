@@ -260,10 +260,12 @@ def _is_done(target: Target, trials: Sequence[FrozenTrial]) -> bool:
 
 
 def _is_used_up(target: Target, trials: Sequence[FrozenTrial]) -> bool:
-    """Whether the study's budget lets no trial start, and none runs."""
-    if target.kind != "study" or any(trial.state.name == "RUNNING" for trial in trials):
+    """Whether the study's budget lets no trial start, and no job works on one."""
+    from tripletkit.tune import claims
+
+    if target.kind != "study" or study_of(target.inventory, trials, ()).budget is None:
         return False
-    return study_of(target.inventory, trials, ()).budget is not None
+    return not claims.at_work(trials, lambda ids: records.states(target.inventory.logs, ids))
 
 
 def _check_visible(jobs: Iterable[Job]) -> None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import errno
 import getpass
 import importlib.util
+import io
+import json
 import logging
 import os
+import re
 import signal
 import socket
 import sys
@@ -27,6 +30,7 @@ from tripletkit.tune.retry import redacted
 PORT = 8080
 TRIES = 20  # ports from there on, unless one was asked for
 PATIENCE = 10.0  # seconds for a storage that is away, before a page says so
+LIBRARY = logging.getLogger("optuna_dashboard")
 ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 Application = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
@@ -34,6 +38,19 @@ Application = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
 
 def serve(config: Config, host: str, port: int | None) -> None:
     """Serve the pages on host:port until Ctrl-C, SIGTERM or SIGHUP, and say where they are.
+
+    Raises as `opened`.
+    """
+    with opened(config, host, port) as (server, lines):
+        for line in (*lines, "Ctrl-C ends it"):
+            log.out.print(line, soft_wrap=True)
+        with _ended_by_signals(server):
+            server.serve_forever()
+
+
+@contextmanager
+def opened(config: Config, host: str, port: int | None) -> Iterator[tuple[_Server, list[str]]]:
+    """A server that is bound, and lines that say what it serves, where, and to whom.
 
     Without a `port` it is the first free one from PORT on; 0 is any. Raises ConfigError without
     optuna-dashboard and for an address that cannot be had, StorageError without the study.
@@ -46,18 +63,18 @@ def serve(config: Config, host: str, port: int | None) -> None:
         config.tuning, seed=0, workers=1, patience=PATIENCE, read_only=True
     ).study
     with _listening(host, port) as server:
-        server.set_app(_read_only(_pages(study._storage)))
+        server.set_app(_guarded(_pages(study._storage), host))
         bound = server.server_port
         if port is None and bound != PORT:
             logger.info("port %d is taken: %d instead", PORT, bound)
-        where = storage.location(config.tuning)
-        log.out.print(f"study {study.study_name} ({where}), read only", soft_wrap=True)
         page = f"dashboard/studies/{study._study_id}"
-        for line in _addresses(host, bound, page, os.environ):
-            log.out.print(line, soft_wrap=True)
-        log.out.print("Ctrl-C ends it")
-        with _ended_by_signals(server):
-            server.serve_forever()
+        yield (
+            server,
+            [
+                f"study {study.study_name} ({storage.location(config.tuning)}), read only",
+                *_addresses(host, bound, page, os.environ),
+            ],
+        )
 
 
 # Pages
@@ -67,9 +84,8 @@ def _pages(shared: Any) -> Application:
     """Optuna's application. Its complaints come in our log, a line each."""
     import optuna_dashboard
 
-    library = logging.getLogger("optuna_dashboard")
-    library.propagate = False
-    library.addHandler(_Briefly())
+    LIBRARY.propagate = False
+    LIBRARY.handlers = [_Briefly()]
     application: Application = optuna_dashboard.wsgi(shared)
     return application
 
@@ -91,14 +107,34 @@ class _Briefly(logging.Handler):
             logger.log(record.levelno, "dashboard: %s", redacted(line))
 
 
-def _read_only(application: Application) -> Application:
-    """Only what reads. The pages have buttons that delete studies and finish running trials."""
+class _Complaints(io.StringIO):
+    """Where the library writes the stack of an error to; what matters is the last line."""
+
+    def flush(self) -> None:
+        if lines := self.getvalue().splitlines():
+            LIBRARY.error(lines[-1])
+        self.seek(0)
+        self.truncate()
+
+
+def _guarded(application: Application, host: str) -> Application:
+    """Only what reads, and on a loopback address only what asks for this machine.
+
+    The pages have buttons that delete studies and finish running trials. And any page in a browser
+    can ask us under a name of its own that leads to 127.0.0.1, and read the answer.
+    """
+    names = {"localhost", "127.0.0.1", "[::1]", _in_url(host)} if _is_loopback(host) else None
 
     def answer(request: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
-        if request["REQUEST_METHOD"] in ("GET", "HEAD"):
+        asked = re.sub(r":\d+$", "", request.get("HTTP_HOST", "").lower())
+        if names is not None and asked not in names:
+            reason = "this dashboard goes by 127.0.0.1 and localhost only, at whatever port"
+        elif request["REQUEST_METHOD"] not in ("GET", "HEAD"):
+            reason = "this dashboard is read only"
+        else:
             return application(request, start)
         start("403 Forbidden", [("Content-Type", "application/json")])
-        return [b'{"reason": "this dashboard is read only"}']
+        return [json.dumps({"reason": reason}).encode()]
 
     return answer
 
@@ -127,6 +163,13 @@ class _Server6(_Server):
 
 
 class _Handler(WSGIRequestHandler):
+    def get_environ(self) -> dict[str, Any]:
+        # Optuna's pages want it, and not everybody sends it.
+        return {"HTTP_ACCEPT_ENCODING": "", **super().get_environ()}
+
+    def get_stderr(self) -> io.StringIO:
+        return _Complaints()
+
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - its name there
         logger.debug(format, *args)
 

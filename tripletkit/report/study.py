@@ -25,7 +25,7 @@ def report(inventory: Inventory) -> Report:
     trials = study.get_trials(deepcopy=False)
     facts = study_of(inventory, trials, ())
     attempts = cost.attempts(inventory.paths)
-    spent = cost.spent(inventory.paths, study)
+    spent = cost.spent(inventory.paths, study, attempts)
     groups = {
         "Progress": study_trials.progress_panels(trials, facts),
         "Parameters": study_parameters.parameter_panels(study, trials, facts),

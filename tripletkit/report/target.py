@@ -29,7 +29,7 @@ def find(text: str | None, config: Config, overrides: Sequence[str] = ()) -> Tar
     """What `text` names; the run of the configuration without one. `config` is `load_study`'s.
 
     A folder comes before a name, and a study before a trial and a run of its name. A run is read
-    with the configuration in its folder, and `overrides`. Raises ConfigError that lists what there
+    with the configuration in its folder, and `overrides`; what a job asks of Slurm is `config`'s. Raises ConfigError that lists what there
     is.
     """
     if text is None:
@@ -69,10 +69,14 @@ def is_study(folder: Path) -> bool:
 
 def _run(folder: Path, config: Config, overrides: Sequence[str]) -> Target:
     own = run_paths(folder).config
-    if own.exists():
-        config = configuration.load(own, overrides, environ={})
     # This is where we found it: it may have been moved here.
-    return Target("run", configuration.with_values(config, paths={"checkpoint_dir": folder}))
+    paths: dict[str, Path | None] = {"checkpoint_dir": folder}
+    slurm = config.slurm.model_dump()  # a report is no part of the run
+    if own.exists():
+        mine, config = config.paths, configuration.load(own, overrides, environ={})
+        if config.paths.test_parquet_path is None:  # training does not need it
+            paths["test_parquet_path"] = mine.test_parquet_path
+    return Target("run", configuration.with_values(config, paths=paths, slurm=slurm))
 
 
 def _study(folder: Path, config: Config) -> Target:

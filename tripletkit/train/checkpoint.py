@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import pickle
 from collections.abc import Iterable
@@ -35,14 +36,21 @@ def save(checkpoint: Checkpoint, *paths: Path) -> None:
 
 def load(path: Path) -> Checkpoint:
     """Read a checkpoint onto the CPU. Raises DataError for anything but a good one."""
+    return load_with_sha256(path)[0]
+
+
+def load_with_sha256(path: Path) -> tuple[Checkpoint, str]:
+    """`load`, and the SHA-256 of the same bytes: a run may replace the file at any moment."""
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        data = path.read_bytes()
+        checkpoint = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except FileNotFoundError:
-        raise DataError(f"there is no checkpoint {path}") from None
-    except pickle.UnpicklingError as error:
+        raise DataError(f"there is no checkpoint {path}", hint=_offer(path.parent)) from None
+    except IsADirectoryError:
+        raise DataError(f"{path} is a folder, not a checkpoint", hint=_offer(path)) from None
+    except pickle.UnpicklingError:
         raise DataError(
-            f"{path} holds more than tensors and plain values, or is no checkpoint at all: "
-            f"{_first_line(error)}",
+            f"{path} holds more than tensors and plain values, or is no checkpoint at all",
             hint="it is not loaded, since that could run code",
         ) from None
     except PermissionError as error:
@@ -59,7 +67,7 @@ def load(path: Path) -> Checkpoint:
             f"{path} has format {checkpoint['format_version']}, this tripletkit reads {FORMAT}",
             hint="upgrade tripletkit",
         )
-    return checkpoint
+    return checkpoint, hashlib.sha256(data).hexdigest()
 
 
 def newest(paths: Iterable[Path]) -> tuple[Path, Checkpoint] | None:
@@ -83,6 +91,11 @@ def newest(paths: Iterable[Path]) -> tuple[Path, Checkpoint] | None:
             hint="delete them to start over",
         )
     return best
+
+
+def _offer(folder: Path) -> str | None:
+    names = sorted(path.name for path in folder.glob("checkpoint_*.pt"))
+    return f"{folder} holds {', '.join(names)}" if names else None
 
 
 def _first_line(error: Exception) -> str:

@@ -210,6 +210,8 @@ class _Run:
     def go(self, should_stop: Callable[[], bool]) -> TrainResult:
         """Train until the last epoch, early stopping, or a request to stop."""
         progress = self.progress
+        if progress.finished:
+            logger.info("nothing left to train: the run ended after %d epochs", progress.epoch)
         if not progress.evaluated_start:
             self._evaluate_start()
         while not progress.early_stopped and progress.epoch < self.section.num_epochs:

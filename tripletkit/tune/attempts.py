@@ -8,13 +8,23 @@ from pathlib import Path
 from typing import Any
 
 from tripletkit import fsio
+from tripletkit.log import logger
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """Every attempt, oldest first. One without `outcome` was killed, or is going on."""
+    """Every attempt, oldest first. One without `outcome` was killed, or is going on.
+
+    A line that cannot be read, as after a full disk, does not count.
+    """
+    found: list[dict[str, Any]] = []
     if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines()]
+        return found
+    for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
+        try:
+            found.append(json.loads(line))
+        except json.JSONDecodeError:
+            logger.warning("%s, line %d is no JSON: left out", path, number)
+    return found
 
 
 def begin(

@@ -8,9 +8,7 @@ worker starts in any case. What runs is never stopped.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Collection, Sequence
-from datetime import datetime
 from typing import Any, NamedTuple
 
 from optuna.trial import FrozenTrial, TrialState
@@ -45,7 +43,7 @@ class Reached(NamedTuple):
 class Budget:
     """What the trials of a study have cost, and whether another may start, for one worker.
 
-    The lines of a trial's attempts.jsonl are read once they do not change any more, and only once.
+    A trial in work costs time until its last sign of life: nobody may know whether its job lives.
     """
 
     def __init__(self, config: Config, paths: StudyPaths, *, slurm: bool) -> None:
@@ -53,9 +51,19 @@ class Budget:
         self.paths = paths
         self.share = cost.share(config, slurm=slurm)
         self.unit = GPU_HOURS if self.share["gpus"] else WORKER_HOURS
-        self.weight = self.share["gpus"] or self.share["share"]
         self.refused: Reached | None = None
+        # Hours of trials up to their newest attempt: which is over, or may go on.
         self._over: dict[tuple[int, int], float] = {}
+        self._open: dict[tuple[int, int], float] = {}
+
+    def measure(self, trials: Sequence[FrozenTrial]) -> None:
+        """Read what these trials have cost, so that `allows` has little to read.
+
+        What does not change any more is read once.
+        """
+        self._open.clear()
+        for trial in trials:
+            self._hours(trial)
 
     def allows(
         self, trials: Sequence[FrozenTrial], idle: Collection[int], trial: FrozenTrial | None
@@ -67,11 +75,9 @@ class Budget:
         self.refused = None
         if not self.limit:
             return True
-        hours, at_work = {}, set()
-        for each in trials:
-            if each.state == TrialState.RUNNING and each.number not in idle:
-                at_work.add(each.number)
-            hours[each.number] = self._hours(each, at_work=each.number in at_work)
+        running = {each.number for each in trials if each.state == TrialState.RUNNING}
+        at_work = running - set(idle)
+        hours = {each.number: self._hours(each) for each in trials}
         ended = (TrialState.COMPLETE, TrialState.PRUNED)
         measured = [hours[each.number] for each in trials if each.state in ended]
         expected = sum(measured) / len(measured) if measured else 0.0
@@ -85,31 +91,21 @@ class Budget:
         self.refused = Reached(self.limit, self.unit, sum(hours.values()), done, self.total)
         return False
 
-    def _hours(self, trial: FrozenTrial, *, at_work: bool) -> float:
+    def _hours(self, trial: FrozenTrial) -> float:
         mark = claims.owner(trial)
         if mark is None:
             return 0.0
-        past = mark["attempt"] - 1 if at_work else mark["attempt"]
-        hours = self._of_attempts(trial.number, past)
-        if at_work:
-            since = datetime.fromisoformat(mark["since"]).timestamp()
-            hours += max(0.0, time.time() - since) * self.weight / HOUR
-        return hours
-
-    def _of_attempts(self, number: int, past: int) -> float:
-        """Hours of the first `past` attempts at a trial, all of which are over."""
-        if past == 0:
-            return 0.0
-        if (number, past) in self._over:
-            return self._over[number, past]
-        paths = self.paths.trial(number)
+        key = trial.number, mark["attempt"]
+        for known in (self._over, self._open):
+            if key in known:
+                return known[key]
+        paths = self.paths.trial(trial.number)
         lines = records.read(paths.attempts)
-        made = cost.of_trial(number, lines, paths, {}, self.share)
-        counted = sum(line.get("attempt", 0) <= past for line in lines)
-        hours = sum(cost.weight(each, self.unit) * each.seconds for each in made[:counted]) / HOUR
-        settled = counted < len(lines) or (counted and "outcome" in lines[counted - 1])
-        if settled:
-            self._over[number, past] = hours
+        made = cost.of_trial(trial.number, lines, paths, {}, self.share)
+        hours = sum(cost.weight(each, self.unit) * each.seconds for each in made) / HOUR
+        begun = bool(lines) and lines[-1].get("attempt", 0) >= mark["attempt"]
+        known = self._over if begun and "outcome" in lines[-1] else self._open
+        known[key] = hours
         return hours
 
 

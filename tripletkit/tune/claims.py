@@ -196,6 +196,17 @@ def open_trials(shared: SharedStudy, total: int) -> int:
     return waiting + max(0, total - len(trials))
 
 
+def at_work(trials: Iterable[FrozenTrial], job_states: JobStates) -> set[int]:
+    """The trials that a job works on; also where nobody knows, as it may be silence for a moment."""
+    owners = {
+        trial.number: mark["job"]
+        for trial in trials
+        if trial.state == TrialState.RUNNING and (mark := owner(trial))
+    }
+    states = job_states(owners.values()) if owners else {}
+    return {n for n, job in owners.items() if states.get(job) in ("running", "unknown")}
+
+
 def lost(shared: SharedStudy, job_states: JobStates) -> list[FrozenTrial]:
     """RUNNING trials whose job does not come back, or that never had one."""
     running = shared.study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))

@@ -91,11 +91,11 @@ def attempts(paths: StudyPaths) -> list[Attempt]:
     ]
 
 
-def spent(paths: StudyPaths, study: optuna.Study) -> Spent:
-    """What the study has cost so far."""
+def spent(paths: StudyPaths, study: optuna.Study, known: Sequence[Attempt] | None = None) -> Spent:
+    """What the study has cost so far; `known`: its `attempts`, where the caller has them."""
     trials = {trial.number: trial for trial in study.get_trials(deepcopy=False)}
     made: dict[int, list[Attempt]] = {}
-    for attempt in attempts(paths):
+    for attempt in attempts(paths) if known is None else known:
         made.setdefault(attempt.trial, []).append(attempt)
     unit = unit_of(each for tries in made.values() for each in tries)
     useful = wasted = 0.0
@@ -122,9 +122,10 @@ def quote(
     left = waiting + max(0, config.tuning.total - len(trials))
     held = share(config, slurm=slurm)
     unit = GPU_HOURS if held["gpus"] else WORKER_HOURS
+    states = {trial.number: trial.state for trial in trials}
     took: dict[int, float] = {}
     for each in attempts(paths) if trials else []:
-        if trials[each.trial].state in (TrialState.COMPLETE, TrialState.PRUNED):
+        if states.get(each.trial) in (TrialState.COMPLETE, TrialState.PRUNED):
             took[each.trial] = took.get(each.trial, 0.0) + each.seconds / HOUR
     lines = []
     if took:
@@ -134,7 +135,7 @@ def quote(
         )  # fmt: skip
         each_ = statistics.fmean(hours)
         times = left * (held["gpus"] or held["share"])
-        pruned = sum(trials[number].state == TrialState.PRUNED for number in took)
+        pruned = sum(states[number] == TrialState.PRUNED for number in took)
         lines.append(
             f"{left} trials: about {_hours(each_ * times)} {unit} "
             f"({_hours(low * times)} to {_hours(high * times)}), by {_hours(60 * each_)} minutes for a trial: "
@@ -237,11 +238,13 @@ def of_trial(
 ) -> list[Attempt]:
     """The attempts at one trial, of its lines in attempts.jsonl.
 
-    `states`: of the job of the last one, which may still run; without it, it was killed. `share`: for
-    lines that do not say what they held.
+    `states`: of the job of the last one, which may still run; without it, it was killed.
+
+    Lines of older versions do not say what they held: on Slurm it was `share`, elsewhere no GPU, as
+    far as we know. Nor what was on file when they ended: then nothing is taken to be lost.
     """
     found = []
-    for line, following in zip(lines, [*lines[1:], None], strict=True):
+    for line, following in zip(lines, [*lines[1:], None], strict=False):
         started = _seconds(line["started"])
         signs = signs_of_life(paths) if following is None else following
         outcome, ended = line.get("outcome"), time.time()
@@ -255,6 +258,8 @@ def of_trial(
             ended = _seconds(line["ended"])
         ended = max(ended, started)
         done = outcome in ("complete", "pruned", "running")
+        is_old = following is not None and "gpus" not in following
+        gpus = 0.0 if line["job"].startswith(jobs.LOCAL) else share["gpus"]
         found.append(
             Attempt(
                 trial=number,
@@ -264,9 +269,9 @@ def of_trial(
                 started=started,
                 ended=ended,
                 outcome=outcome,
-                gpus=line.get("gpus", share["gpus"]),
+                gpus=line.get("gpus", gpus),
                 share=line.get("share", share["share"]),
-                kept=ended if done else min(max(signs.get("saved", 0.0), started), ended),
+                kept=ended if done or is_old else min(max(signs.get("saved", 0.0), started), ended),
             )
         )
     return found

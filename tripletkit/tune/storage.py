@@ -260,10 +260,11 @@ def _open_sqlite(path: Path, make: bool, read_only: bool) -> RDBStorage:
         connection = sqlite3.connect(
             path, timeout=120, isolation_level=None, check_same_thread=False
         )
-        connection.execute("PRAGMA journal_mode=WAL")
-        connection.execute("PRAGMA synchronous=NORMAL")
         if read_only:
             connection.execute("PRAGMA query_only=ON")
+        else:
+            connection.execute("PRAGMA journal_mode=WAL")
+            connection.execute("PRAGMA synchronous=NORMAL")
         return connection
 
     begin = "BEGIN" if read_only else "BEGIN IMMEDIATE"

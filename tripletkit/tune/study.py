@@ -15,7 +15,7 @@ from tripletkit.config import Choice, Config, Tuning
 from tripletkit.errors import ConfigError, StorageError
 from tripletkit.log import logger
 from tripletkit.paths import StudyPaths
-from tripletkit.tune import postgresql, space, storage
+from tripletkit.tune import budget, postgresql, space, storage
 from tripletkit.tune.claims import OBJECTIVE
 from tripletkit.tune.retry import Retry
 from tripletkit.tune.storage import SharedStudy
@@ -53,6 +53,7 @@ def prepare(config: Config, paths: StudyPaths) -> SharedStudy:
                 config.tuning.study_name, attributes[TOTAL], config.tuning.total,
             )  # fmt: skip
         shared.study.set_user_attr(TOTAL, config.tuning.total)
+        budget.note(shared, None)  # it may be another one now: the workers ask anew
     effective = configuration.with_values(config, tuning={"n_trials": config.tuning.total})
     fsio.write_text(paths.config, configuration.dump(effective))
     return shared

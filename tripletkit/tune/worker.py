@@ -87,14 +87,22 @@ def run(
     summary, failures, needed = Summary(), 0, FIRST_EPOCH_SECONDS
     slurm, name = not worker.job.startswith(LOCAL), config.tuning.study_name
     purse, held = budget.Budget(config, paths, slurm=slurm), cost.share(config, slurm=slurm)
+
+    def may_start(*asked: Any) -> bool:
+        """In our turn at the study, so that the newest answer is what it keeps."""
+        allowed = purse.allows(*asked)
+        budget.note(shared, purse.refused)
+        return allowed
+
     while not should_stop():
         if seconds_left() < needed:
             logger.info("%.0f s to the time limit: too few for another trial", seconds_left())
             break
         total, job_states = config.tuning.total, surroundings.job_states
-        claim = claims.claim(shared, worker, total, job_states, purse.allows)
+        if purse.limit:  # files may be many and slow: before it is our turn
+            purse.measure(shared.study.get_trials(deepcopy=False))
+        claim = claims.claim(shared, worker, total, job_states, may_start)
         if claim is None and purse.refused:
-            budget.note(shared, purse.refused)
             logger.info("study %s: %s", name, purse.refused)
             return summary
         if claim is None:
