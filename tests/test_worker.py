@@ -206,10 +206,9 @@ def test_of_jobs_that_slurm_ends_those_at_their_time_limit_run_again(slurm):
     slurm.run("scancel", cancelled)
     slurm.wait_state(cancelled, {"COMPLETING", "CANCELLED"})
     ended = stop_after(signal.SIGUSR2, signal.SIGTERM)
-    assert not worker._runs_again(cancelled, ended, 0)
+    assert not worker._runs_again(cancelled, ended)
     slurm.wait_state(limited, {"COMPLETING", "TIMEOUT"}, deadline=120)
-    assert worker._runs_again(limited, ended, 0)
-    assert not worker._runs_again(limited, ended, worker.FRUITLESS_STARTS)
+    assert worker._runs_again(limited, ended)
 
 
 def test_a_requeue_outlasts_a_controller_that_does_not_answer(monkeypatch):

@@ -209,7 +209,7 @@ def _attempt(job: Job, output: Output, steps: _Steps) -> int | None:
                     name = glob.escape(output.path.name)
                     fsio.remove_leftovers(output.path.parent, f".{name}.[0-9]*.tmp")
                 rows = _make(job, output, steps)
-        except FileNotFoundError:
+        except OSError:  # in the work folder, or on the way to it
             if not job.finished(output):
                 raise
         shutil.rmtree(output.work, ignore_errors=True)
