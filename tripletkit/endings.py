@@ -14,7 +14,7 @@ from tripletkit import fsio, notify
 from tripletkit.cluster import jobs
 from tripletkit.config import Config
 from tripletkit.log import logger
-from tripletkit.paths import LogPaths, RunPaths, StudyPaths
+from tripletkit.paths import LogPaths, RunPaths, study_paths
 
 if TYPE_CHECKING:
     from tripletkit.tune.budget import Reached
@@ -35,7 +35,7 @@ def budget_reached(config: Config, shared: SharedStudy, *, slurm: bool) -> Reach
         budget.note(shared, None)
         return None
     trials = shared.study.get_trials(deepcopy=False)
-    purse = budget.Budget(config, _study_paths(config), slurm=slurm)
+    purse = budget.Budget(config, study_paths(config), slurm=slurm)
     waiting = [trial for trial in trials if trial.state.name == "WAITING"]
     at_work = claims.at_work(trials, _states(config))
     idle = {t.number for t in trials if t.state.name == "RUNNING"} - at_work
@@ -52,7 +52,7 @@ def tell_of_study(config: Config, *, leaving: bool) -> None:
     It is over when all its trials are, or when its budget is used up and none runs. If we are
     `leaving` trials that are not, it is also over when no other worker runs or waits.
     """
-    file = _study_paths(config).webhook
+    file = study_paths(config).webhook
     if not file.exists():
         return
     try:
@@ -84,7 +84,7 @@ def _ending(config: Config, *, leaving: bool) -> tuple[str, dict[str, Any]] | No
         status = "stopped"
     else:
         return None
-    spent = cost.spent(_study_paths(config), shared.study)
+    spent = cost.spent(study_paths(config), shared.study)
     states = Counter(trial.state.name for trial in trials)
     counts = {word: states[state] for state, word in WORDS.items()}
     best = study_of(inventory, trials, ()).best
@@ -108,10 +108,6 @@ def _ending(config: Config, *, leaving: bool) -> tuple[str, dict[str, Any]] | No
 
 def _states(config: Config) -> JobStates:
     return partial(jobs.states, LogPaths(config.global_.log_dir))
-
-
-def _study_paths(config: Config) -> StudyPaths:
-    return StudyPaths(config.output_dir / config.tuning.study_name)
 
 
 # Trainings

@@ -5,6 +5,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tripletkit.config import Config
 
 
 @dataclass(frozen=True)
@@ -163,6 +167,11 @@ class StudyPaths:
         """The folder of one trial."""
         root = self.root / f"trial_{number:05d}"
         return TrialPaths(root=root, checkpoints=root)
+
+
+def study_paths(config: Config) -> StudyPaths:
+    """The folder of the configured study."""
+    return StudyPaths(config.output_dir / config.tuning.study_name)
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from tripletkit.cluster import resources
 from tripletkit.config import Config
 from tripletkit.errors import DONE, ConfigError, DataError, Interrupted, StorageAway
 from tripletkit.log import logger
-from tripletkit.paths import LogPaths, StudyPaths, run_paths
+from tripletkit.paths import LogPaths, run_paths, study_paths
 
 if TYPE_CHECKING:
     from tripletkit.apply.recipe import Request
@@ -368,11 +368,6 @@ def _print_metrics(title: str, results: Mapping[str, Mapping[str, float]]) -> No
             table.add_row(name, *(f"{column[name]:.4f}" for column in columns))
     table.add_row("queries", *(f"{int(column['queries']):,}" for column in columns))
     log.out.print(table)
-
-
-def study_paths(config: Config) -> StudyPaths:
-    """The folder of the configured study."""
-    return StudyPaths(config.output_dir / config.tuning.study_name)
 
 
 def job_name(stage: str, config: Config, options: Mapping[str, Any]) -> str:

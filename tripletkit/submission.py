@@ -16,7 +16,7 @@ from tripletkit.cluster.launch import Job, Submission
 from tripletkit.config import Config, Slurm
 from tripletkit.errors import DONE, ClusterError, ConfigError, TripletkitError
 from tripletkit.log import logger
-from tripletkit.paths import LogPaths, RunPaths, StudyPaths, run_paths
+from tripletkit.paths import LogPaths, RunPaths, StudyPaths, run_paths, study_paths
 
 if TYPE_CHECKING:
     import optuna
@@ -77,7 +77,7 @@ def tune(
 
     cluster = cluster or _default_cluster()
     _check_dry_run(cluster, dry_run)
-    paths, tuning = stages.study_paths(config), config.tuning
+    paths, tuning = study_paths(config), config.tuning
     slurm = cluster == "slurm"
     job = _job("tune", config, count=resources.workers(config, tuning.total))
     inputs.check_files(config)

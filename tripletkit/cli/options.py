@@ -77,10 +77,11 @@ def load_study(path: Path | None, overrides: Sequence[str] | None) -> Config:
 
     What is set on the command line still counts.
     """
-    from tripletkit import config, stages
+    from tripletkit import config
+    from tripletkit.paths import study_paths
 
     loaded = load(path, overrides)
-    own = stages.study_paths(loaded).config
+    own = study_paths(loaded).config
     if not own.exists():
         return loaded
     flags = [text for text in overrides or () if text.startswith("tuning.")]

@@ -81,12 +81,12 @@ def rerun(
 
 def _folder(name: str, config: Path | None, overrides: list[str] | None) -> Path:
     """The folder of a run that goes by a path, a trial's number or the run's name."""
-    from tripletkit import stages
+    from tripletkit.paths import study_paths
 
     if Path(name).is_dir():
         return Path(name)
     loaded = load_study(config, overrides)
-    study, checkpoints = stages.study_paths(loaded), loaded.checkpoint_dir
+    study, checkpoints = study_paths(loaded), loaded.checkpoint_dir
     found = [checkpoints / name, checkpoints.parent / name]
     if trial := _TRIAL.fullmatch(name):
         found.insert(0, study.trial(int(trial[1])).root)

@@ -53,6 +53,7 @@ def report(
 ) -> None:
     """Write a page about a run or a study: one HTML file that needs no network."""
     from tripletkit import stages, submission
+    from tripletkit.paths import study_paths
     from tripletkit.report import panels, static
     from tripletkit.report import target as targets
 
@@ -63,7 +64,7 @@ def report(
         static.require_matplotlib()
     loaded = load_study(config, overrides)
     found = targets.find(target, loaded, overrides or ())
-    if target is None and targets.is_study(stages.study_paths(loaded).root):
+    if target is None and targets.is_study(study_paths(loaded).root):
         name = loaded.tuning.study_name
         logger.info("there is a study, too: `tripletkit report %s`", name)
     place = output or stages.report_path(found.config, found.kind)

@@ -18,7 +18,7 @@ from tripletkit.cluster.jobs import LOCAL, Record
 from tripletkit.config import Config
 from tripletkit.errors import REQUEUE, ClusterError, Interrupted, StorageError
 from tripletkit.monitor.facts import seconds
-from tripletkit.paths import LOG_NAMES, LogPaths, StudyPaths
+from tripletkit.paths import LOG_NAMES, LogPaths, StudyPaths, study_paths
 
 if TYPE_CHECKING:
     from optuna.trial import FrozenTrial
@@ -109,7 +109,7 @@ class Inventory:
     """
 
     def __init__(self, config: Config, patience: float = 0) -> None:
-        self.paths = StudyPaths(config.output_dir / config.tuning.study_name)
+        self.paths = study_paths(config)
         self.config = config
         self.logs = LogPaths(config.global_.log_dir)
         self.warnings: list[str] = []

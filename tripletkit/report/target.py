@@ -12,7 +12,7 @@ from tripletkit import config as configuration
 from tripletkit.config import Config
 from tripletkit.errors import ConfigError
 from tripletkit.monitor.inventory import of_study
-from tripletkit.paths import StudyPaths, run_paths
+from tripletkit.paths import StudyPaths, run_paths, study_paths
 
 _TRIAL = re.compile(r"(?:trial:)?(?:trial_)?(\d+)")
 
@@ -44,7 +44,7 @@ def find(text: str | None, config: Config, overrides: Sequence[str] = ()) -> Tar
     if is_run(folder):
         return _run(folder, config, overrides)
     if re.fullmatch(r"[\w.-]+", text):
-        own = StudyPaths(config.output_dir / config.tuning.study_name)
+        own = study_paths(config)
         if text == config.tuning.study_name or is_study(config.output_dir / text):
             return _study(config.output_dir / text, config)
         named = [config.checkpoint_dir / text, config.checkpoint_dir.parent / text]
