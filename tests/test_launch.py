@@ -359,7 +359,7 @@ def test_odd_folders_hold_logs_too(slurm, tmp_path):
     folder = tmp_path / "my lab's $HOME; true"
     folder.mkdir()
     submitted = launch.submit(job(folder), Report(folder), cluster="slurm")
-    told(folder)
+    slurm.wait_state(*submitted.jobs, {"COMPLETED"})  # only then all that it said is in its log
     assert "written to stdout" in submitted.out[0].read_text()
 
 

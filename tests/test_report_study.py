@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import optuna
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.storages import InMemoryStorage
@@ -378,7 +378,8 @@ def test_slices_stand_where_the_values_are(world):
 
 
 @settings(deadline=None)
-@given(st.floats(1e-12, 1e12), st.floats(1, 1e12), st.integers(3, 9))
+@example(1.0, 1e12, 3)
+@given(st.floats(1e-12, 1e12), st.floats(1, 1e12), st.integers(2, 9))
 def test_ticks_of_a_logarithm_are_few_and_inside(low, factor, room):
     high = low * factor
     ticks = study_parameters.log_ticks(low, high, room)

@@ -163,7 +163,8 @@ def log_ticks(low: float, high: float, room: int = 7) -> list[float]:
     """Round numbers from low to high, `room` of them at the most; the ends if there is only one."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     ticks: list[float] = []
-    for steps, every in (((1, 2, 5), 1), ((1, 3), 1), ((1,), 1), ((1,), 2), ((1,), 4)):
+    sparse = (((1,), every) for every in range(1, len(powers) + 1))
+    for steps, every in (((1, 2, 5), 1), ((1, 3), 1), *sparse):
         found = [float(f"{step}e{power}") for power in powers[::every] for step in steps]
         ticks = [tick for tick in found if low <= tick <= high]
         if len(ticks) <= room:
