@@ -7,10 +7,10 @@ READY := $(VENV)/.ready
 # Processes that run the tests: more than cores, since most of the time they wait for Slurm.
 JOBS ?= 3
 
-.PHONY: help demo test lint bench ablation reference docs clean
+.PHONY: help demo test test-oldest wheel lint bench chaos ablation reference docs clean
 
 help:  ## Show this list
-	@sed -n 's/^\([a-z]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
 
 demo: $(READY)  ## The whole job on real data made from fonts
 	$(BIN)/tripletkit demo
@@ -19,6 +19,12 @@ test: lint  ## Every check and test; as root on Debian it installs Slurm and Pos
 	tests/cluster/install.sh
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=$(JOBS) --dist=loadfile
 
+test-oldest:  ## The tests without Slurm, with the oldest versions of everything (Python 3.11)
+	PYTHON=$(PYTHON) .ci/oldest
+
+wheel:  ## Build the distribution, install it alone, run its first commands
+	.ci/wheel $(PYTHON)
+
 lint: $(READY)  ## Formatting, lint, types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
@@ -26,6 +32,10 @@ lint: $(READY)  ## Formatting, lint, types
 
 bench: $(READY)  ## Speed and memory, as ratios; BENCH="--only step" for a part
 	$(BIN)/python -m tests.benchmarks $(BENCH)
+
+chaos: $(READY)  ## A study under faults for ten minutes; CHAOS="--seed 7 --minutes 10"
+	tests/cluster/install.sh
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos $(CHAOS)
 
 ablation: $(READY)  ## Rebuild docs/ablation.md (about an hour on two cores)
 	$(BIN)/python -m tests.benchmarks.ablation
@@ -38,7 +48,7 @@ docs: $(READY)  ## The documentation as a site, in build/docs
 	@echo build/docs/index.html
 
 clean:  ## Remove the virtual environment and the demo
-	rm -rf $(VENV) demo
+	rm -rf $(VENV) .venv-oldest demo
 
 # Debian ships venv apart from Python; root may install it.
 $(READY): pyproject.toml .ci/constraints.txt

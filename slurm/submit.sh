@@ -29,12 +29,14 @@ fi
 # shellcheck source=slurm/profile.sh
 . "$TRIPLETKIT_SLURM_DIR/profile.sh"
 
-config=$(python -m tripletkit "$command" --cluster slurm --prepare ${flags[@]+"${flags[@]}"})
+answer=$(python -m tripletkit "$command" --cluster slurm --prepare ${dry_run:+--dry-run} ${flags[@]+"${flags[@]}"})
 unset TRIPLETKIT_WEBHOOK # jobs find it in a file; some sites keep the environment of jobs
+config=${answer%%$'\n'*} # what the options are read from
 if [ ! -f "$config" ]; then # the answer to --help
-    printf '%s\n' "$config"
+    printf '%s\n' "$answer"
     exit
 fi
+jobs_config=${answer##*$'\n'} # what the jobs read; a dry run leaves none
 
 # submit STAGE FILE [OPTION ...]: submit an sbatch file; prints the id of its job.
 submit() {
@@ -42,7 +44,7 @@ submit() {
     shift 2
     mapfile -d '' -t options < <(python "$TRIPLETKIT_SLURM_DIR/sbatch_options.py" "$stage" "$config")
     wait "$!" || exit
-    set -- sbatch --parsable --export=ALL "${options[@]}" "$@" "$file" "$config"
+    set -- sbatch --parsable --export=ALL "${options[@]}" "$@" "$file" "$jobs_config"
     if [ -n "$dry_run" ]; then
         printf '%q ' "$@" && echo
         return

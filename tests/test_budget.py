@@ -23,6 +23,8 @@ from tests.test_notify import TOKEN, Hook
 from tripletkit import cli, endings, fsio, inputs, notify, stages, submission
 from tripletkit import config as configuration
 from tripletkit.config import Config
+from tripletkit.monitor import status
+from tripletkit.monitor.inventory import Inventory, Job
 from tripletkit.paths import StudyPaths
 from tripletkit.tune import attempts as records
 from tripletkit.tune import budget, claims, cost, storage, study, worker
@@ -243,6 +245,28 @@ def test_what_the_study_keeps_of_it(tmp_path):
     assert budget.of_study(made.shared) is None
 
 
+@pytest.mark.parametrize("noted", [True, False])
+@pytest.mark.parametrize(("limit", "used_up"), [(1.9, True), (3.1, False)])
+def test_what_a_killed_worker_left_is_not_believed(tmp_path, noted, limit, used_up):
+    """1 hour complete and half an hour lost, with as much to come; its worker is gone."""
+    made = Fleet(tmp_path, limit, total=3)
+    made.trial("COMPLETE", 1)
+    made.trial("RUNNING", 0.5, job="local-999999")
+    config = configuration.with_values(
+        made.config,
+        tuning={"storage_path": tmp_path / "study.db", "output_dir": tmp_path},
+        global_={"log_dir": tmp_path / "logs"},
+    )
+    # As it was noted while the worker lived, and by nobody since.
+    budget.note(made.shared, REACHED if noted else None)
+    inventory = Inventory(config)
+    trials = inventory.trials()
+    gone = status.study_of(inventory, trials, ())
+    assert (gone.budget is not None) == used_up
+    living = [Job("local-999999", "tune:s", "RUNNING")]
+    assert (status.study_of(inventory, trials, living).budget is not None) == noted
+
+
 REACHED = budget.Reached(1, "GPU-hours", 1, 1, 3)
 
 
@@ -372,6 +396,17 @@ def test_a_study_ends_with_its_budget_and_goes_on_with_a_larger_one(
     assert message["text"].startswith(done)
     status = json.loads(tripletkit("status", "-c", config, "--json").out)
     assert status["study"]["budget"] is None
+
+
+def test_a_worker_with_several_trials_at_once_tells_the_end_once(tmp_path, tripletkit):
+    config = fleet.write_config(tmp_path, tuning={"n_trials": 3, "max_epochs": 1})
+    with Hook(200) as hook:
+        flags = ("--cluster", "here", "--trials-per-gpu", "2", "--webhook", hook.url)
+        tripletkit("tune", "-c", config, *flags)
+    ((_, message),) = hook.got
+    facts = message["tripletkit"]
+    assert (facts["status"], facts["done"], facts["complete"]) == ("done", 3, 3)
+    assert not fleet.study_paths(config).webhook.exists()
 
 
 @pytest.mark.parametrize("url", ["https://example.org/new", None])

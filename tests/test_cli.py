@@ -166,6 +166,56 @@ def test_missing_data_is_exit_3(run, capsys):
     assert "Traceback" not in error
 
 
+@pytest.mark.parametrize(
+    ("arguments", "code"), [([], 2), (["--set=paths.train_parquet_path=gone.parquet"], 3)]
+)
+def test_training_on_what_is_not_there_makes_nothing(run, tmp_path, arguments, code):
+    assert run("train", *arguments) == code
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_there_already_is_a_usage_error(run, files, tmp_path, capsys):
+    """Whatever it is: one exit code."""
+    there = tmp_path / "there"
+    there.mkdir()
+    (there / "train.parquet").write_text("precious")
+    metadata = f"--set=paths.difficulty_metadata_path={there}/train.parquet"
+    for arguments in (
+        ["init", there / "train.parquet"],
+        ["data", "split", files / "train.parquet", there],
+        ["data", "bands", *use(files, "train"), metadata],
+        ["data", "bands", *use(files, "train"), metadata, "--cluster=local"],
+    ):
+        assert run(*map(str, arguments)) == 2, arguments
+        assert "train.parquet exists" in capsys.readouterr().err
+    assert (there / "train.parquet").read_text() == "precious"
+
+
+@pytest.mark.parametrize(
+    ("words", "offered"),
+    [
+        ("evaluate --split t", ["test", "train"]),
+        ("report --split v", ["val"]),
+        ("export folder --format ", ["onnx", "safetensors"]),
+        ("embed a b --dtype ", ["float16", "float32"]),
+        ("train --set training.marg", ["training.margin="]),
+    ],
+)
+def test_tab_completes_values(words, offered):
+    loaded = "import sys, tripletkit.cli as c\ntry:\n c.main()\nfinally:\n"
+    loaded += " assert not {'numpy', 'torch', 'plotly'} & {*sys.modules}"
+    place = len(words.split(" "))
+    done = subprocess.run(
+        [sys.executable, "-c", loaded],
+        env={
+            **os.environ, "_TRIPLETKIT_COMPLETE": "complete_bash",
+            "COMP_WORDS": f"tripletkit {words}", "COMP_CWORD": str(place),
+        },
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert sorted(done.stdout.split()) == offered, done.stderr
+
+
 def test_a_gpu_that_is_not_there_is_exit_1(run, files, capsys, monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     assert run("train", *use(files, "train"), *QUICK, "--set=training.device=cuda") == 1
@@ -188,7 +238,7 @@ def test_the_whole_tour(run, files, tmp_path, capsys):
     assert run("data", "check", *common) == 0
     assert "no building is in two splits" in capsys.readouterr().out
     assert run("data", "bands", *common, bands, "--neighbors=20", "--k0=5") == 0
-    assert run("data", "bands", *common, bands) == 3  # does not overwrite
+    assert run("data", "bands", *common, bands) == 2  # does not overwrite
     assert run("data", "check", *common, bands) == 0
     assert "7 difficulty bands" in capsys.readouterr().out
     assert run("train", *common, bands, *QUICK) == 0

@@ -175,12 +175,29 @@ def test_named_checkpoint_is_a_path_like_the_others(monkeypatch):
         "postgresql://u@h/db?password=SECRET",
         "postgresql://u@h/db?sslmode=require&sslpassword=SECRET",
         "postgresql://u@h/db?SSLPassw%6Frd=SECRET",
+        "postgresql://u:1SECRET/x?y=z@h/db",
+        "postgresql://u:1/x?y=SECRET@h/db",
+        "postgresql://u:1?y=SECRET@h",
+        "postgresql://u:1/x?SECRET@h",
+        "postgresql://u:1/x?y=z#SECRET@h",
     ],
 )
 def test_password_in_the_storage_url_is_refused_and_not_repeated(url):
     message = refused(overrides=[f"tuning.storage_url={url}"]).message
     assert "PGPASSFILE" in message
     assert "SECRET" not in message
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://u@h:5432/d?application_name=a@b",
+        "postgresql://h:5432/d?user=me@x",
+        "postgresql://u@[::1]:5432,h2:5433/d?user=me@x&application_name=a@b",
+    ],
+)
+def test_an_at_sign_in_an_option_of_the_storage_url_is_no_password(url):
+    assert config.load(None, [f"tuning.storage_url={url}"], {}).tuning.storage_url == url
 
 
 @pytest.mark.parametrize(

@@ -45,7 +45,9 @@ class Studio:
         self.file = folder / "config.toml"
         values = {"study_name": NAME, "storage_path": folder / "study.db", **tuning}
         self.config = configuration.with_values(
-            Config(), global_={"scratch_dir": folder}, tuning={"objective": "map@r", **values}
+            Config(),
+            global_={"scratch_dir": folder, "log_dir": folder / "logs"},
+            tuning={"objective": "map@r", **values},
         )
         fsio.write_text(self.file, configuration.dump(self.config))
 

@@ -17,7 +17,7 @@ from tripletkit import config as configuration
 from tripletkit import stages, submission
 from tripletkit.cluster import queue
 from tripletkit.config import Slurm, Tuning
-from tripletkit.errors import ConfigError, StorageError
+from tripletkit.errors import ConfigError, RunError, StorageError
 from tripletkit.tune import database, study
 from tripletkit.tune.database import client, lease
 
@@ -131,9 +131,9 @@ def test_folders_that_cannot_be_written_to_are_named_before_anything_is_queued(s
     loaded = configuration.load(
         fleet.write_config(tmp_path, tuning={"storage_path": journal}), environ={}
     )
-    with pytest.raises(ConfigError, match="/proc/nowhere: cannot write to /proc"):
+    with pytest.raises(RunError, match="/proc/nowhere: cannot write to /proc"):
         submission.tune(loaded, "slurm", prepare=False, dry_run=True)
-    with pytest.raises(ConfigError, match="/proc/db: cannot write to /proc"):
+    with pytest.raises(RunError, match="/proc/db: cannot write to /proc"):
         submission.start_database(loaded, Path("/proc/db"), "slurm", workers=1, asked=())
     assert not slurm.run("squeue", "-h")
 

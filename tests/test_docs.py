@@ -1,5 +1,6 @@
 """The documentation says what is: links, commands, exit codes, names of keys and fields."""
 
+import ast
 import functools
 import json
 import re
@@ -292,3 +293,42 @@ def test_provenance_fields_are_the_documented_ones(paths, data):  # noqa: F811
     for part in ("machine", "trainer"):
         assert [name for name in start[part] if f"`{name}`" not in text] == []
     assert [name for name in start["code"]["tripletkit"] or () if f"`{name}`" not in text] == []
+
+
+# --- the page of what was done to break it -----------------------------------------------------
+
+
+@functools.cache
+def names_of_tests(file: str) -> list[str]:
+    path = REPOSITORY / "tests" / file
+    body = ast.parse(path.read_text()).body if path.exists() else []
+    functions = [each.name for each in body if isinstance(each, ast.FunctionDef)]
+    return [name for name in functions if name.startswith("test_")]
+
+
+def selected(file: str, words: str) -> list[str]:
+    """The words of `-k "A or B"` that occur in the name of a test of a file."""
+    return [
+        word for word in words.split(" or ") if any(word in name for name in names_of_tests(file))
+    ]
+
+
+def test_the_tests_that_the_reliability_page_names_exist():
+    """Of a cell: `test_X.py`, `test_X.py -k WORDS`, or -k WORDS or a word for the files in it."""
+    wrong = []
+    page = REPOSITORY / "docs/explanation/reliability.md"
+    for *_, cell in rows(page.read_text()):
+        files = set(re.findall(r"test_\w+\.py", cell))
+        wrong += [name for name in files if not (REPOSITORY / "tests" / name).exists()]
+        for text in re.findall(r"`([^`]+)`", cell):
+            named = re.search(r"test_\w+\.py", text)
+            words = re.search(r"-k \"?([\w ]+)\"?$|^(\w+)$", text)
+            among = {named[0]} if named else files
+            if words and not any(selected(file, words[1] or words[2]) for file in among):
+                wrong.append(f"{sorted(among)}: {text}")
+    assert wrong == []
+
+
+def test_a_test_that_does_not_exist_would_be_noticed():
+    assert selected("test_docs.py", "noticed or nothing_like_it") == ["noticed"]
+    assert selected("test_docs.py", "nothing" + "_at_all") == []

@@ -428,10 +428,24 @@ def test_a_postgresql_that_does_not_answer_is_named(config, paths, start_postgre
 
 def test_a_study_that_is_not_there_is_named(config):
     found = findings(config)
-    assert "there is no study 's'" in found["storage"].what
+    assert "there is no study 's'" in found["no_study"].what
     code, printed = run(config)
+    assert code == 0, "before the first `tune` nothing is wrong"
+    assert "note: there is no study 's'" in printed
+
+
+@pytest.mark.parametrize("left", ["its folder", "a worker"])
+def test_a_study_that_is_gone_is_wrong(config, paths, left):
+    with contextlib.ExitStack() as stack:
+        if left == "its folder":
+            study.prepare(config, paths)
+            for file in config.tuning.storage_path.parent.glob("study.db*"):
+                file.unlink()
+        else:
+            stack.enter_context(process(WORKER, config.global_.log_dir, "tune:s"))
+        code, printed = run(config)
     assert code == 1
-    assert "there is no study 's'" in printed
+    assert "wrong: there is no study 's'" in printed
 
 
 def test_a_log_folder_that_cannot_be_written_to_is_named(config, paths, shared, tmp_path):

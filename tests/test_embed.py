@@ -25,7 +25,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests import fleet, toy
-from tripletkit import cli, fsio
+from tripletkit import cli, fsio, stages
 from tripletkit import config as configuration
 from tripletkit.apply import embed, outputs, pooling, projection
 from tripletkit.apply.embed import Request, Result
@@ -33,7 +33,7 @@ from tripletkit.config import Config, TrainingModel
 from tripletkit.data import parquet
 from tripletkit.data.store import open_store
 from tripletkit.errors import ConfigError, DataError, Interrupted, RunError
-from tripletkit.paths import LogPaths
+from tripletkit.paths import LogPaths, run_paths, study_paths
 from tripletkit.train import checkpoint as checkpoints
 from tripletkit.train.head import Head
 
@@ -378,18 +378,53 @@ def test_what_is_there_is_done_and_what_was_made_otherwise_is_refused(tmp_path, 
     assert make(source, out, tmp_path / "renamed.pt").skipped == 1
     assert identity(out) == before
     other = write_head(tmp_path / "run" / "other.pt", seed=1)
-    said = refusal(source, out, other)
+    said = refusal(source, out, other, kind=ConfigError)
     assert "another checkpoint (run/checkpoint_best.pt)" in said
     assert "--force" in said
-    assert "another --dtype (float32)" in refusal(source, out, head, dtype="float16")
+    assert "another --dtype (float32)" in refusal(
+        source, out, head, kind=ConfigError, dtype="float16"
+    )
     pq.write_table(with_more_columns(toy.table(dim=WIDTH)), tmp_path / "more.parquet")
-    said = refusal(tmp_path / "more.parquet", out, head, columns=("city",))
+    said = refusal(tmp_path / "more.parquet", out, head, kind=ConfigError, columns=("city",))
     assert "another --columns and another source (in.parquet)" in said
     assert identity(out) == before
     assert make(source, out, other, force=True).rows == 80
     expected = by_hand(other, toy.vectors_of(pq.read_table(source)))
     np.testing.assert_allclose(toy.vectors_of(pq.read_table(out)), expected, atol=2e-6)
     assert make(source, out, other, force=True).skipped == 1, "so that a job can go on with it"
+
+
+def test_an_earlier_state_of_the_same_checkpoint_is_called_so(tmp_path, head):
+    source, out = tmp_path / "in.parquet", tmp_path / "out.parquet"
+    toy.write_parquet(source, dim=WIDTH)
+    make(source, out, head)
+    write_head(head, seed=1, epoch=5)
+    said = refusal(source, out, head, kind=ConfigError)
+    assert "an earlier state of run/checkpoint_best.pt (epoch 3; it is now of epoch 5)" in said
+    write_head(head, seed=2, epoch=3)
+    said = refusal(source, out, head, kind=ConfigError)
+    assert "another state of run/checkpoint_best.pt (epoch 3; it is now of epoch 3)" in said
+
+
+def test_the_best_epoch_so_far_is_named_while_its_run_is_not_over(tmp_path, head, caplog):
+    source, run = tmp_path / "in.parquet", run_paths(head.parent)
+    toy.write_parquet(source, dim=WIDTH)
+    config = configuration.with_values(CONFIG, training={"num_epochs": 9})
+    fsio.write_text(run.config, configuration.dump(config))
+    says = f"{head} is of epoch 3 of 9: its run is not over, and a later epoch may be better"
+
+    def warned(name: str, checkpoint: Path = head) -> bool:
+        caplog.clear()
+        make(source, tmp_path / f"{name}.parquet", checkpoint)
+        return says in caplog.text
+
+    assert warned("before the first end")
+    write_head(run.final)
+    assert not warned("over")
+    write_head(run.last)
+    assert warned("longer")
+    write_head(run.epoch(3))
+    assert not warned("by name", run.epoch(3))
 
 
 def identity(path: Path) -> tuple[int, int]:
@@ -416,7 +451,7 @@ def test_a_foreign_file_is_not_replaced(tmp_path, head, content):
     else:
         out.write_text("mine")
     before = out.read_bytes()
-    assert "is not from `tripletkit embed`" in refusal(source, out, head)
+    assert "is not from `tripletkit embed`" in refusal(source, out, head, kind=ConfigError)
     assert out.read_bytes() == before
     make(source, out, head, force=True)
     assert pq.read_metadata(out).num_rows == 80
@@ -679,6 +714,16 @@ def test_stopped_anywhere_it_goes_on_without_doing_a_segment_twice(tmp_path, hea
 
 
 @pytest.mark.usefixtures("small_steps")
+def test_what_goes_on_says_after_how_many_rows(tmp_path, head, small_steps, caplog):
+    source, out = tmp_path / "in.parquet", tmp_path / "out.parquet"
+    toy.write_parquet(source, dim=WIDTH)
+    with pytest.raises(Interrupted):
+        make(source, out, head, StopAfter(3))
+    assert "going on" not in caplog.text
+    make(source, out, head)
+    assert f"{source}: going on after 32 of 80 rows" in caplog.text
+
+
 def test_stopped_before_it_got_anywhere_it_says_so(tmp_path, head):
     stopped = interruption(sources(tmp_path / "in"), tmp_path / "out", head, lambda: True)
     assert stopped is not None
@@ -1010,12 +1055,22 @@ def test_an_array_shares_the_files_and_goes_on_when_killed_or_requeued(
         "--cluster", "slurm", "--workers", "2",
     )  # fmt: skip
     assert command(*arguments) == 0
-    array = re.search(r"slurm job (\d+), 2 elements", capsys.readouterr().out)[1]
+    printed = capsys.readouterr().out
+    array = re.search(r"^embed:run: slurm job (\d+), 2 elements", printed, re.MULTILINE)[1]
+    assert f"`tripletkit logs {array} -f` follows its log" in printed
     marks = [tmp_path / "0", tmp_path / "1"]
     fleet.until(
         lambda: all(map(Path.exists, marks)), lambda: slurm.run("squeue"), deadline=240
     )  # both are in the middle of their first file
     assert visible(out) == []
+    assert command(*arguments) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"jobs {array}_0, {array}_1 run or wait for {out} already",
+        "no more are needed: `tripletkit wait JOB` waits for the end of one",
+    ]
+    assert command(*arguments, "--dtype=float16") == 2
+    assert "already, with another --dtype" in capsys.readouterr().err
+    assert len(slurm.run("squeue", "--noheader", "--array").splitlines()) == 2
     first, second = (int(mark.read_text()) for mark in marks)
     slurm.run("scancel", "--signal=USR2", f"{array}_0.0")
     os.kill(second, signal.SIGKILL)
@@ -1030,6 +1085,26 @@ def test_an_array_shares_the_files_and_goes_on_when_killed_or_requeued(
         embed.run(loaded, Request(source, tmp_path / "whole", head), never)
     assert same_bytes(out, tmp_path / "whole")
     assert leftovers(out) == []
+    assert command(*arguments) == 0
+    assert capsys.readouterr().out == f"{out} is there already: nothing to do\n"
+    assert slurm.run("squeue", "--noheader") == ""
+
+
+def test_a_job_is_called_after_the_run_whose_head_it_uses(tmp_path):
+    config = configuration.with_values(
+        Config(), paths={"checkpoint_dir": tmp_path / "checkpoints"},
+        tuning={"output_dir": tmp_path, "study_name": "fonts"},
+    )  # fmt: skip
+    study = study_paths(config)
+    fsio.write_json(study.identity, {})
+    for run, name in (
+        (run_paths(tmp_path / "checkpoints/best_fonts_00004"), "best_fonts_00004"),
+        (study.trial(7), "fonts/trial_00007"),
+    ):
+        assert stages.job_name("embed", config, {"checkpoint": str(run.best)}) == f"embed:{name}"
+        options = {"checkpoint": [str(run.best), "/other/checkpoint_best.pt"]}
+        assert stages.job_name("evaluate", config, options) == f"evaluate:{name}"
+    assert stages.job_name("evaluate", config, {"checkpoint": []}) == "evaluate:checkpoints"
 
 
 @contextlib.contextmanager

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import re
+import shutil
+import signal
 import subprocess
 import sys
 import tracemalloc
@@ -16,7 +18,7 @@ from markdown_it import MarkdownIt
 
 from tests import toy
 from tests.test_retrieval import gaussian
-from tripletkit import cli, stages
+from tripletkit import cli, log, stages
 from tripletkit import config as configuration
 from tripletkit.apply import confusion, intervals
 from tripletkit.apply.evaluate import column_names
@@ -313,6 +315,84 @@ def test_names_are_shown_as_they_are(site, evaluate, tmp_path, capsys):
     assert any(f"data: {source}, fingerprint" in line for line in shown)
 
 
+LONG = ("runs_of_the_spring/lambda_0.1", "runs_of_the_spring/lambda_0.2_and_a_half", "x" * 90)
+
+
+@pytest.fixture
+def long_names(site, tmp_path) -> list[Path]:
+    """Checkpoints in folders with long names."""
+    paths = [run_paths(tmp_path / name).best for name in LONG]
+    for path in paths:
+        path.parent.mkdir(parents=True)
+        shutil.copy(run_paths(site / "run").best, path)
+    return paths
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_in_80_columns_every_number_is_whole(
+    long_names, evaluate, tmp_path, capsys, monkeypatch, count
+):
+    monkeypatch.setattr(log.out, "_width", 80)
+    out = tmp_path / "out"
+    given = [f"--checkpoint={path}" for path in long_names[-count:]]
+    capsys.readouterr()
+    assert evaluate(*given, f"--output={out}") == 0
+    printed = capsys.readouterr().out
+    report = json.loads((out / "evaluation.json").read_text())
+    labels = dict(zip((each["name"] for each in report["columns"]), ["raw", *"ABC"], strict=False))
+    for each in report["columns"][1:]:
+        assert f"{labels[each['name']]}, {each['name']}: {each['checkpoint']}, epoch" in printed
+    assert max(len(line) for line in printed.splitlines() if line[:1] in set("┏┃┡│├└")) <= 80
+    text = (out / "evaluation.md").read_text()
+    numbers = text[text.index("## Metrics") : text.index("## Most confused")]
+    assert max(map(len, numbers.splitlines())) <= 80
+
+    expected = []
+    for each in report["columns"]:
+        for name, (low, high) in each["intervals"].items():
+            value = each["metrics"][name]
+            expected.append((name, labels[each["name"]], f"{value:.4f} [{low:.4f},{high:.4f}]"))
+    for each in report["differences"]:
+        called = f"{labels[each['of']]} - {labels[each['minus']]}"
+        for name, (low, high) in each["intervals"].items():
+            value = each["metrics"][name]
+            expected.append((name, called, f"{value:+.4f} [{low:+.4f},{high:+.4f}]"))
+    for page, mark in ((printed, "┃│"), (numbers, "|")):
+        assert sorted(numbers_of(page, mark)) == sorted(expected)
+
+
+def numbers_of(page: str, mark: str) -> list[tuple[str, str, str]]:
+    """(metric, embeddings, value and interval) of the first two tables, whichever way they lie."""
+    found, header, metric = [], [], ""
+    page = page[page.index("Metrics") :].partition("Most confused")[0]
+    for line in page.splitlines():
+        if line[:1] not in tuple(mark) or line.startswith("|--"):
+            continue
+        cells = [cell.strip() for cell in re.split(f"[{mark}]", line)[1:-1]]
+        if cells[0] == "metric":
+            header = cells
+            continue
+        metric = cells[0] or metric
+        if header[-1] == "95% interval":
+            found.append((metric, cells[1], " ".join(cells[2:])))
+        else:
+            found += [(metric, *pair) for pair in zip(header[1:], cells[1:], strict=True)]
+    return found
+
+
+def test_where_there_is_room_the_columns_have_their_names(
+    long_names, evaluate, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(log.out, "_width", 200)
+    given = [f"--checkpoint={path}" for path in long_names[:2]]
+    capsys.readouterr()
+    assert evaluate(*given, f"--output={tmp_path}/out") == 0
+    printed = capsys.readouterr().out
+    first, second = (f"{name.partition('/')[2]}/best" for name in LONG[:2])
+    assert re.search(rf"┃ metric +┃ raw +┃ {first} +┃ {second} ┃", printed)
+    assert f"{first}: {long_names[0]}, epoch" in printed
+
+
 def test_without_lists_nothing_is_searched_for_them(site, evaluate, capsys, monkeypatch):
     capsys.readouterr()
     assert evaluate("--json") == 0
@@ -396,6 +476,25 @@ def test_a_job_is_not_queued_for_files_that_are_not_there(site, evaluate, tmp_pa
     assert evaluate(f"--output={tmp_path}/file/out", *background) == 2
     assert f"{tmp_path}/file is no folder" in capsys.readouterr().err
     assert not (tmp_path / "logs").exists()
+
+
+def test_an_interrupt_is_one_line_and_leaves_no_file(site, tmp_path):
+    command = [
+        sys.executable, "-m", "tripletkit", "evaluate", "-c", site / "config.toml",
+        "--resamples=1000000", f"--output={tmp_path}/out",
+    ]  # fmt: skip
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as it:
+        assert it.stderr is not None
+        for line in it.stderr:
+            if "the raw embeddings of" in line:
+                break
+        it.send_signal(signal.SIGINT)
+        out, err = it.communicate()
+    assert it.returncode == 130
+    assert err.endswith("error: interrupted\n")
+    assert "Traceback" not in err
+    assert out == ""
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_folder_that_cannot_be_written(site, evaluate, tmp_path, capsys):

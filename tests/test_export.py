@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -295,6 +296,20 @@ def test_a_head_for_other_embeddings_is_refused_by_width(tmp_path):
         inputs.load_head(config, checkpoint, 6)
 
 
+@pytest.mark.parametrize("crafted", ["configuration", "weights"])
+def test_no_memory_is_taken_for_a_head_that_a_file_only_tells_of(tmp_path, crafted):
+    told = {"hidden_dim": 2**24, "num_hidden_layers": 1000, "output_dim": 6}
+    weights = random_head(plain(), 5).state_dict()
+    if crafted == "weights":  # of a number each
+        with torch.device("meta"):
+            shapes = Head(TrainingModel(**told), 5).state_dict()
+        weights = {k: torch.zeros(()).expand(v.shape) for k, v in shapes.items()}
+    path = tmp_path / "checkpoint.pt"
+    torch.save({"model_state_dict": weights}, path)
+    with pytest.raises(DataError, match="does not fit the configured head"):
+        inputs.load_head(configured(tmp_path, **told), path, 5)
+
+
 def test_a_head_that_went_wrong_is_refused(tmp_path):
     head = random_head(plain(), 5)
     with torch.no_grad():
@@ -529,8 +544,9 @@ def test_the_card_tells_the_story_of_the_run(finished, tmp_path):
     assert table["activation"] == ['"gelu"']
     assert table["input_dim"] == ["8"]
     assert table["run"] == ["checkpoints"]
-    assert f"torch {torch.__version__}" in table["exported with"][0]
-    assert f"torch {torch.__version__}" in table["trained with"][0]
+    torch_version = metadata.version("torch")  # of files for a GPU, torch.__version__ says more
+    assert f"torch {torch_version}" in table["exported with"][0]
+    assert f"torch {torch_version}" in table["trained with"][0]
     (start,) = provenance.read(paths.root)["starts"]
     assert table["device"] == [visible(start["machine"]["cpu"])]
     assert table["started"] == [start["started"]]
@@ -633,6 +649,16 @@ def test_a_final_training_names_the_trial_of_its_parameters(finished, tmp_path):
     assert notes["parameters from"] == "study fonts, trial 4"
 
 
+def test_a_run_that_was_interrupted_started_when_it_first_did(finished, tmp_path):
+    run = run_paths(tmp_path / "run")
+    shutil.copytree(finished.checkpoint_dir, run.root)
+    record = json.loads(run.provenance.read_text())
+    first = {**record["starts"][0], "started": "2026-01-02T03:04:05Z"}
+    fsio.write_json(run.provenance, {**record, "starts": [first, *record["starts"]]})
+    export.export(finished, tmp_path / "out", checkpoint=run.best, formats=["safetensors"])
+    assert cells(read_card(tmp_path / "out")[1])["started"] == ["2026-01-02T03:04:05Z"]
+
+
 def test_a_trial_names_its_study(finished, tmp_path):
     study = StudyPaths(tmp_path / "streetview")
     shutil.copytree(finished.checkpoint_dir, study.trial(12).root)
@@ -704,7 +730,7 @@ def test_a_run_that_was_stopped_within_an_epoch(tmp_path):
     )
 
 
-def test_a_killed_run_is_exported_quietly_by_the_command(tmp_path):
+def test_a_killed_run_is_exported_with_a_word_about_its_epoch(tmp_path):
     config = training_config(tmp_path, num_epochs=100_000)
     file = tmp_path / "config.toml"
     fsio.write_text(file, configuration.dump(config))
@@ -729,8 +755,12 @@ def test_a_killed_run_is_exported_quietly_by_the_command(tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout == "wrote out: model.safetensors, model.onnx, README.md, config.json\n"
     said = [line.split(" ", 2)[2] for line in done.stderr.splitlines()]
-    assert said == [f"INFO ONNX is compared with torch on 48 rows of {tmp_path / 'val.parquet'}"]
-    head, _ = inputs.load_head(config, paths.best)
+    head, epoch = inputs.load_head(config, paths.best)
+    may_be_better = "its run is not over, and a later epoch may be better"
+    assert said == [
+        f"WARNING {paths.best} is of epoch {epoch} of 100000: {may_be_better}",
+        f"INFO ONNX is compared with torch on 48 rows of {tmp_path / 'val.parquet'}",
+    ]
     rows = np.ones((3, 8), np.float32)
     for snippet in SNIPPETS:
         again = load(snippet, tmp_path / "out")(rows)

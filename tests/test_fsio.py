@@ -81,16 +81,19 @@ def test_of_two_builders_without_locks_the_second_takes_what_the_first_published
     monkeypatch.setattr("fcntl.flock", refuse)
     folder = tmp_path / "cache" / "key"
 
+    def anything(folder, facts):
+        pass
+
     def first(aside):
         (aside / "a").write_text("first")
         return {"by": "first"}
 
     def second(aside):
         monkeypatch.setattr("os.getpid", lambda: 1)
-        cached(folder, first)  # meanwhile, elsewhere
+        cached(folder, first, anything)  # meanwhile, elsewhere
         (aside / "a").write_text("second")
         return {"by": "second"}
 
-    assert cached(folder, second)["by"] == "first"
+    assert cached(folder, second, anything)["by"] == "first"
     assert (folder / "a").read_text() == "first"
     assert not list(folder.parent.glob("*.tmp"))

@@ -1,15 +1,17 @@
 """What only a GPU can show: the captured step, placements, bf16, exact resume."""
 
+import numpy as np
 import pytest
 import torch
 
 from tests.test_group import together, train_all
 from tests.test_loop import data, make_config, paths  # noqa: F401 - fixtures
-from tests.worlds import clustered, near_and_far
+from tests.worlds import clustered, make_bands, near_and_far
 from tripletkit.config import Training, TrainingModel
 from tripletkit.device import make_deterministic, put
 from tripletkit.paths import run_paths
 from tripletkit.train import checkpoint as checkpoints
+from tripletkit.train import rng
 from tripletkit.train.bandit import Bandit
 from tripletkit.train.group import ALONE
 from tripletkit.train.head import Head
@@ -39,11 +41,11 @@ def steps(device: str, count: int, *, graph: bool = True, dropout: float = 0.0) 
     head = Head(TrainingModel(hidden_dim=32, output_dim=8, dropout=dropout), 16).to(home)
     learner = Learner(head, section, Bandit(section, index.bands, home), torch.float32)
     step = DeviceStep(learner, index, put(store.embeddings, home))
-    step._graph_allowed = graph and home.type == "cuda"
+    step._replay.allowed = graph and home.type == "cuda"
     step.begin(0, 1, 0)
     for _ in range(count):
         step()
-    assert (step._graph is not None) == (graph and home.type == "cuda")
+    assert (step._replay.graph is not None) == (graph and home.type == "cuda")
     return learner
 
 
@@ -53,6 +55,49 @@ def test_the_captured_step_is_the_eager_step():
     assert torch.equal(captured.bandit.pulls, eager.bandit.pulls)
     for a, b in zip(captured.head.parameters(), eager.head.parameters(), strict=True):
         assert torch.equal(a, b)
+
+
+def sparse(store):
+    """Three bands for each image, of 0 to 3 neighbours."""
+    random = np.random.default_rng(0)
+    buildings = len(store.starts) - 1
+    return make_bands(
+        [
+            [random.integers(buildings, size=random.integers(4)).tolist() for _ in range(3)]
+            for _ in store.building
+        ],
+        3,
+    )
+
+
+@pytest.mark.parametrize("bands", [near_and_far, sparse])
+@pytest.mark.parametrize("size", [5, 32, 257, 3000])
+def test_one_kernel_draws_what_many_draw(bands, size):
+    """For a bandit at its beginning, one that explores, one that never does, and one that knows."""
+    from tripletkit.train.draw_kernel import draw
+
+    store, home = clustered(buildings=900), torch.device("cuda")
+    index = TripletIndex(store, bands(store), home)
+    chosen = set()
+    for options in (
+        {"ucb_warmup_samples": 10**9},
+        {"ucb_warmup_samples": 0, "ucb_floor": 0.5},
+        {"ucb_warmup_samples": 0, "ucb_floor": 0.0, "ucb_discount": 0.9},
+        {"ucb_warmup_samples": 2 * size, "ucb_discount": 1.0},
+    ):
+        bandit = Bandit(Training(**options), index.bands, home)
+        for step in range(8):
+            order = index.order(step)
+            place = torch.tensor(step, device=home)
+            key = torch.tensor(rng.key(0, rng.DRAW, step), device=home)
+            counter = place + torch.arange(size, device=home)
+            many = torch.stack(index.draw(order[counter], counter, key, bandit))
+            assert torch.equal(draw(index, order, place, key, bandit, size), many)
+            pulls = torch.bincount(many[3], minlength=bandit.arms).double()
+            bandit.update(pulls, pulls * torch.linspace(0.9, 0.1, bandit.arms, device=home))
+            bandit.in_flight.copy_(pulls)
+            chosen |= set(many[3].tolist())
+    assert chosen == set(range(index.bands + 1))
 
 
 def test_placements_agree_to_the_last_bit(tmp_path, data):  # noqa: F811
@@ -72,8 +117,10 @@ def test_a_table_larger_than_the_buffers_streams_through_them():
         rows = torch.randint(0, 1000, (3 * count,))
         arm = torch.randint(0, 8, (count,))
         buffer.fill(table, rows, arm)
-        x, arms = buffer.take()
+        buffer.await_copies()
+        x, numbers, arms = buffer.take()
         assert torch.equal(x.cpu(), table[rows])
+        assert torch.equal(numbers.cpu(), rows.view(3, count))
         assert torch.equal(arms.cpu(), arm)
 
 

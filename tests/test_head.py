@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from tripletkit.config import TrainingModel
 from tripletkit.train.head import Head, hidden_dims
 from tripletkit.train.init import LinearStart
+from tripletkit.train.lowered import lowered
 
 
 def test_parameter_names_are_the_interface():
@@ -72,3 +73,29 @@ def test_linear_start_makes_the_head_that_linear_map_and_still_trainable(use_lay
         (head(x)[:, 0]).mean().backward()
         optimizer.step()
     assert all(not torch.equal(before[name], p) for name, p in head.named_parameters())
+
+
+def test_fewer_kernels_for_linear_layers_in_bf16_give_what_torch_gives():
+    torch.manual_seed(0)
+    layers = [torch.nn.Linear(24, 16), torch.nn.Linear(16, 8)]
+    x = torch.randn(60, 24).bfloat16()
+    weight = torch.randn(60, 8)
+
+    def gradients(of, dtype):
+        for layer in layers:
+            layer.zero_grad()
+        y = of(layers[1], torch.tanh(of(layers[0], x.to(dtype)).float()))
+        (y.float() * weight).sum().backward()
+        return y.detach(), [p.grad for layer in layers for p in layer.parameters()]
+
+    def plain(layer, x):
+        return torch.nn.functional.linear(
+            x.bfloat16(), layer.weight.bfloat16(), layer.bias.bfloat16()
+        )
+
+    ours, found = gradients(lowered(layers), torch.bfloat16)
+    theirs, expected = gradients(plain, torch.bfloat16)
+    assert torch.equal(ours, theirs)
+    assert all(gradient.dtype == torch.float32 for gradient in found)
+    for gradient, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(gradient, other, rtol=2e-2, atol=2e-2)

@@ -18,7 +18,7 @@ from tests.cluster import ACCOUNT, MAX_ARRAY_SIZE, wait
 from tripletkit.cluster import launch, preflight, queue, resources
 from tripletkit.cluster.launch import Job
 from tripletkit.config import Slurm
-from tripletkit.errors import ClusterError, ConfigError
+from tripletkit.errors import ClusterError, ConfigError, RunError
 
 SMALL = {"account": ACCOUNT, "mem": "300M", "cpus_per_task": 1, "gpus": 0, "time": "20"}
 ROOT = Path(__file__).parent.parent
@@ -370,6 +370,9 @@ def test_odd_folders_hold_logs_too(slurm, tmp_path):
         ({"partition": "a\rb"}, "slurm.partition"),
         ({"constraint": "a\n"}, "slurm.constraint"),
         ({"mail": "a\nb"}, "slurm.mail"),
+        ({"mail": "nobody-of-that-name"}, "slurm.mail"),
+        ({"mail": "me@"}, "slurm.mail"),
+        ({"mail": "me@example.org, you@example.org"}, "slurm.mail"),
         ({"gres": "gpu\n:1"}, "slurm.gres"),
         ({"time": "3h"}, "slurm.time"),
         ({"mem": "lots"}, "slurm.mem"),
@@ -498,7 +501,7 @@ def test_a_job_that_would_wait_for_ever_is_refused(slurm, tmp_path):
 def test_folders_that_cannot_be_written_to_are_named(slurm, tmp_path):
     (tmp_path / "file").touch()
     for folder in (Path("/proc/nowhere/out"), tmp_path / "file" / "out", tmp_path / "file"):
-        with pytest.raises(ConfigError, match=re.escape(f"{folder}: cannot write to")):
+        with pytest.raises(RunError, match=re.escape(f"{folder}: cannot write to")):
             preflight.check(job(tmp_path), [folder])
 
 

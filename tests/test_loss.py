@@ -16,7 +16,7 @@ def units(n: int, seed: int):
 
 def test_euclidean_is_torchs_triplet_margin_loss_per_sample():
     a, p, n = units(40, 0)
-    ours = triplet_loss(a, p, n, margin=0.5, distance="euclidean")
+    ours = triplet_loss(torch.stack([a, p, n]), margin=0.5, distance="euclidean")
     assert ours.mean().item() == pytest.approx(
         nn.TripletMarginLoss(margin=0.5, p=2)(a, p, n).item()
     )
@@ -27,7 +27,7 @@ def test_euclidean_is_torchs_triplet_margin_loss_per_sample():
 
 def test_cosine_is_one_minus_the_cosine():
     a, p, n = units(40, 1)
-    ours = triplet_loss(a, p, n, margin=0.2, distance="cosine")
+    ours = triplet_loss(torch.stack([a, p, n]), margin=0.2, distance="cosine")
     x, y, z = (t.double().numpy() for t in (a, p, n))
     slow = np.maximum(0, -(x * y).sum(1) + (x * z).sum(1) + 0.2)
     assert ours.numpy() == pytest.approx(slow, abs=1e-5)
@@ -53,8 +53,8 @@ def test_rewards_by_hand(kind, expected):
 def test_rewards_stay_between_zero_and_one(kind):
     for distance in ("euclidean", "cosine"):
         a, p, n = units(500, 2)
-        worst = triplet_loss(a[:1], -a[:1], a[:1], margin=0.5, distance=distance)
-        losses = torch.cat([triplet_loss(a, p, n, margin=0.5, distance=distance), worst])
+        y = torch.stack([torch.cat([a, a[:1]]), torch.cat([p, -a[:1]]), torch.cat([n, a[:1]])])
+        losses = triplet_loss(y, margin=0.5, distance=distance)  # the last as bad as can be
         got = rewards(losses, margin=0.5, kind=kind)
         assert got.min() >= 0
         assert got.max() <= 1 + 1e-6

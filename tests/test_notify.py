@@ -321,7 +321,7 @@ def test_a_training_tells_how_it_ended(config):
 
 
 def test_a_training_tells_that_it_failed(config):
-    config.paths.val_parquet_path.write_bytes(b"no parquet")
+    toy.write_parquet(config.paths.val_parquet_path, buildings=10, first=100, dim=5)
     with Hook(200) as hook:
         assert train(config, hook.url) != 0
     ((_, message),) = hook.got
@@ -389,7 +389,7 @@ def test_a_second_training_in_the_folder_leaves_the_first_its_webhook(config, ur
     """Whatever makes it fail, it is not the end of the one that trains there."""
     paths = run_paths(config.checkpoint_dir)
     if broken:
-        config.paths.val_parquet_path.write_bytes(b"no parquet")
+        toy.write_parquet(config.paths.val_parquet_path, buildings=10, first=100, dim=5)
     with Hook(200) as hook, fsio.exclusive_lock(paths.lock):  # by the first one
         notify.keep(paths.webhook, hook.url)
         assert train(config, url) != 0

@@ -401,6 +401,15 @@ def test_a_resumed_run_has_two_starts(paths, data):  # noqa: F811
     assert (first["trainer"]["from_step"], second["trainer"]["from_step"]) == (0, stopped_at)
 
 
+def test_a_start_with_nothing_left_to_do_is_none(paths, data):  # noqa: F811
+    run(paths, data, num_epochs=1)
+    before = [file.read_bytes() for file in (paths.provenance, paths.config)]
+    run(paths, data, num_epochs=1, learning_rate=1e-5)  # of which nothing comes
+    assert [file.read_bytes() for file in (paths.provenance, paths.config)] == before
+    run(paths, data, num_epochs=2)
+    assert len(provenance.read(paths.root)["starts"]) == 2
+
+
 KILLED = """
 import os, signal, sys
 from pathlib import Path

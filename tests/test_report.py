@@ -281,7 +281,9 @@ def test_pca_keeps_the_two_largest_variances(trained):
         assert drawn[1] / drawn[0] == pytest.approx(values[-1] / values[-2], rel=1e-3)
 
 
-def test_umap_keeps_clusters_together():
+def test_umap_keeps_clusters_together(monkeypatch):
+    # numba, which nothing here has loaded before, would compile for a minute what takes seconds
+    monkeypatch.setenv("NUMBA_DISABLE_JIT", "1")
     random = np.random.default_rng(0)
     shown = np.repeat(np.arange(3), 15)
     x = (np.eye(8)[shown] + 0.05 * random.normal(size=(45, 8))).astype(np.float32)

@@ -10,7 +10,7 @@ import torch
 
 from tests import fleet, toy
 from tests.test_loop import data, paths, run  # noqa: F401 - fixtures
-from tripletkit import cli, compare, repository
+from tripletkit import cli, compare, fsio, repository
 from tripletkit import config as configuration
 from tripletkit.errors import ConfigError, DataError
 from tripletkit.paths import run_paths
@@ -177,18 +177,29 @@ def test_a_folder_that_is_something_else_is_left_alone(folder, capsys):
 
 
 def test_on_slurm_it_is_a_job_whose_ids_are_on_file(slurm, made, tmp_path, capsys):
-    into = tmp_path / "again"
-    words = (made / "run", "--into", into, "--set", f"global.log_dir={tmp_path}/logs")
-    assert call(*words, "--cluster", "slurm", command="rerun") == 0
+    """On the account and partition of today; those that the run had are no more."""
+    into, run, today = tmp_path / "again", tmp_path / "run", tmp_path / "today.toml"
+    shutil.copytree(made / "run", run)
+    then = configuration.load(run_paths(run).config, environ={})
+    for file, values in (
+        (run_paths(run).config, {"account": "gone", "partition": "gone", "mem": "1999M"}),
+        (today, {"partition": "high", "mem": "2001M"}),
+    ):
+        fsio.write_text(file, configuration.dump(configuration.with_values(then, slurm=values)))
+    words = (run, "--into", into, "--set", f"global.log_dir={tmp_path}/logs")
+    assert call(*words, "-c", today, "--cluster", "slurm", command="rerun") == 0
     output = capsys.readouterr().out
     job = output.split("slurm job ")[1].split()[0]
-    assert f"when it is done: tripletkit diff {made}/run {into}\n" in output
+    assert f"`tripletkit logs {job} -f` follows its log\n" in output
+    assert f"when it is done: tripletkit diff {run} {into}\n" in output
     fleet.until(run_paths(into).final.exists, lambda: slurm.run("squeue"), deadline=180)
     fleet.wait_for_empty_queue(slurm, tmp_path / "logs", deadline=60)
     (start,) = json.loads(run_paths(into).provenance.read_text())["starts"]
     assert start["slurm"]["job"] == job
     assert start["slurm"]["account"] == fleet.ACCOUNT
-    assert start["slurm"].keys() >= {"partition", "nodes"}
+    assert start["slurm"]["partition"] == "high"
+    assert "nodes" in start["slurm"]
+    assert configuration.load(run_paths(into).config, environ={}).slurm.mem == "1999M"
     assert "array_job" not in start["slurm"]
     found = differences(made / "run", into, capsys=capsys)
     assert found["machine"]["slurm job"] == [None, job]
@@ -271,6 +282,8 @@ def test_what_is_known_to_differ_is_found(paths, data, capsys):  # noqa: F811
         for p in (paths, other)
     )
     assert f"best map@r {a:.4f} -> {b:.4f}" in output
+    assert "val_loss" in output
+    assert "spread" not in output
 
 
 def test_changes_that_differ_in_a_secret_only_are_other_code_and_say_so(folder, capsys):

@@ -395,6 +395,8 @@ def test_flags_and_configuration_become_options_of_sbatch(site, config):
         f"{site.folder}/trials/asked/config.toml",
     ]  # fmt: skip
     assert not (site.folder / "logs").joinpath("tidy").exists()
+    assert not (site.folder / "trials" / "asked").exists(), "a dry run makes no study"
+    assert not list(site.folder.rglob("*.journal*"))
 
 
 def test_help_is_that_of_the_command(site):

@@ -122,7 +122,7 @@ def test_splits_open_without_leakage_and_sample_independently(tmp_path: Path) ->
 def test_existing_files_are_never_overwritten(tmp_path: Path) -> None:
     toy.write_parquet(tmp_path / "x.parquet", buildings=200)
     (tmp_path / "val.parquet").write_text("precious")
-    with pytest.raises(DataError, match=r"val\.parquet exists"):
+    with pytest.raises(ConfigError, match=r"val\.parquet exists"):
         split(tmp_path / "x.parquet", tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {"x.parquet", "val.parquet"}
     assert (tmp_path / "val.parquet").read_text() == "precious"

@@ -33,7 +33,7 @@ from tripletkit.monitor import status, tables
 from tripletkit.monitor.inventory import spans
 from tripletkit.monitor.targets import resolve
 from tripletkit.paths import LogPaths, StudyPaths
-from tripletkit.tune import claims, storage, study
+from tripletkit.tune import budget, claims, storage, study
 from tripletkit.tune.claims import Worker
 
 HOST = socket.gethostname().partition(".")[0]
@@ -328,6 +328,25 @@ def test_a_database_that_was_moved_is_found_where_the_command_line_says(config, 
     assert seen["study"]["states"]["COMPLETE"] == 1
 
 
+@pytest.mark.parametrize(
+    "command", [["status"], ["wait"], ["logs", "trial:0"], ["study", "show"], ["study", "best"]]
+)
+def test_commands_find_the_study_where_tune_was_told_to_put_it(tmp_path, no_slurm, run, command):
+    config = write_config(tmp_path)
+    there = tmp_path / "elsewhere.db"
+    shared = prepare(
+        configuration.with_values(config, tuning={"storage_path": there, "n_trials": 1})
+    )
+    finished(shared)
+    StudyPaths(config.output_dir / "s").config.unlink()  # else that would say it
+    log = StudyPaths(config.output_dir / "s").trial(0).log
+    log.parent.mkdir()
+    log.write_text("done\n")
+    assert not config.tuning.storage_path.exists()
+    seen = run(config, *command, "--storage-path", str(there), "--set", "tuning.n_trials=1")
+    assert (seen.code, seen.err) == (0, "")
+
+
 # Lost trials
 
 
@@ -432,6 +451,76 @@ def test_more_jobs_than_there_is_room_for(config, shared, living, run):
     assert living in seen.jobs, "what runs is worth more than what failed"
     assert "... and 9 older lines of jobs: --all shows them" in seen.out
     assert len(run(config, "status", "--all").jobs) == 21
+
+
+def test_of_jobs_that_are_done_the_newest_are_named_and_the_others_counted(config, run):
+    """What runs, waits or failed is not to be looked for among them."""
+    for number in range(9):
+        record(config, f"local-{number}", f"train:run-{number}", 20 - number)
+    record(config, "local-50", "train:broken", 19.5, exit_code=1, message="no room")
+    seen = run(config, "status")
+    assert list(seen.jobs) == ["local-50", "local-6", "local-7", "local-8"]
+    assert "... and 6 older lines of jobs that are done: --all shows them" in seen.out
+    assert len(run(config, "status", "--all").jobs) == 10
+
+
+def test_two_jobs_that_are_done_are_both_named(config, run):
+    record(config, "local-1", "train:a", 2)
+    record(config, "local-2", "train:b", 1)
+    assert list(run(config, "status").jobs) == ["local-1", "local-2"]
+
+
+def test_json_has_all_jobs_that_are_done(config, run):
+    for number in range(10):
+        record(config, f"local-{number}", f"train:run-{number}", 20 - number)
+    assert len(run(config, "status", "--json").json["jobs"]) == 10
+
+
+def test_jobs_that_are_done_give_way_to_those_that_are_not(config, run):
+    for number in range(14):
+        record(config, f"local-{number}", f"train:run-{number}", 20, exit_code=1)
+        record(config, f"local-{100 + number}", f"train:run-{number}", 1)
+    seen = run(config, "status")
+    assert list(seen.jobs) == [f"local-{number}" for number in range(2, 14)]
+    assert "... and 2 older lines of jobs: --all shows them" in seen.out
+    assert "... and 14 older lines of jobs that are done: --all shows them" in seen.out
+
+
+@pytest.mark.parametrize("width", [80, 100, 160])
+def test_names_do_not_wrap(config, run, monkeypatch, width):
+    name = "train:checkpoints-of-a-long-name-lr0.003-margin0.2"
+    said = "what went wrong, " * 20
+    record(config, "local-1", name, exit_code=1, message=said, host="a-host-of-a-long-name")
+    record(config, "local-2", name)
+    run(config, "status")
+    monkeypatch.setenv("COLUMNS", str(width))
+    seen = run(config, "status")
+    lines = [line.rstrip() for line in seen.out.splitlines()]
+    assert all(len(line) <= width for line in lines)
+    assert seen.jobs["local-2"][0] == tables.middle(name, width // 4)
+    assert seen.jobs["local-2"][0].startswith("train:che")
+    assert seen.jobs["local-2"][0].endswith("gin0.2")
+    if width < tables.NARROW:  # what it says has a line of its own
+        assert [line[:25] for line in lines if "wrong" in line] == ["local-1: what went wrong,"]
+        assert len(seen.jobs) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "most", "shown"),
+    [("abcdef", 6, "abcdef"), ("abcdefg", 6, "abc…fg"), ("abcdefg", 5, "ab…fg"), ("", 3, "")],
+)
+def test_a_long_name_loses_its_middle(text, most, shown):
+    assert tables.middle(text, most) == shown
+
+
+def test_a_budget_that_is_used_up_leaves_nothing_to_come(config, shared, living, run):
+    found = claim(shared, living, {1: 0.5})
+    shared.study.tell(found.trial, 0.5)
+    assert "8 to come" in run(config, "status").out
+    budget.note(shared, budget.Reached(1, "worker-hours", 1, 1, 9))
+    said = run(config, "status").out
+    assert "budget of 1 worker-hours reached (1 spent): 1 of 9 trials done" in said
+    assert "to come" not in said
 
 
 @pytest.mark.parametrize(
@@ -884,6 +973,10 @@ def several(tmp_path_factory) -> Config:
     record(config, "7", "train:run-1")
     record(config, "8", "evaluate:run-1")
     record(config, "13", "tune:gone")
+    report = config.global_.log_dir / "report.toml"
+    report.write_text('[paths]\ncheckpoint_dir = "run-1"\n')
+    record(config, "14", "report:s", config=str(report))
+    record(config, "15", "report:run-1", config=str(report))
     folder = config.global_.log_dir
     (folder / "best.toml").write_text(f'[paths]\ncheckpoint_dir = "{folder}/final"\n')
     record(config, "9", "best:s", config=str(folder / "best.toml"))
@@ -899,8 +992,8 @@ def many(several, no_slurm) -> Config:
 @pytest.mark.parametrize(
     ("text", "target", "ids"),
     [
-        (None, "study s", ["1", "9", "12_0", "12_1", "local-77"]),
-        ("s", "study s", ["1", "9", "12_0", "12_1", "local-77"]),
+        (None, "study s", ["1", "9", "12_0", "12_1", "14", "local-77"]),
+        ("s", "study s", ["1", "9", "12_0", "12_1", "14", "local-77"]),
         ("gone", "study gone", ["13"]),  # known by a job of its
         ("prepared", "study prepared", []),  # known by its folder
         ("2", "trial 2", ["local-77"]),
@@ -913,7 +1006,7 @@ def many(several, no_slurm) -> Config:
         ("12_1", "job 12_1", ["12_1"]),
         ("local-77", "job local-77", ["local-77"]),
         ("job:local-77", "job local-77", ["local-77"]),
-        ("run-1", "run run-1", ["7", "8"]),
+        ("run-1", "run run-1", ["7", "8", "15"]),
         ("final", "run final", ["9"]),  # the folder of a final training
     ],
 )
@@ -945,7 +1038,7 @@ def test_what_a_name_does_not_mean_is_said_with_what_there_is(many, run, text):
         "hint: study s, trials 0 to 2",
         "studies: gone, prepared",
         "runs: final, run-1",
-        "jobs: 1, 7, 8, 9, 12_[0-1], 13, local-77",
+        "jobs: 1, 7, 8, 9, 12_[0-1], 13, 14, 15, local-77",
     ]
     for folder in (many.output_dir / "s", many.global_.log_dir):
         assert str(folder) in said[-1]

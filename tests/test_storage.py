@@ -203,16 +203,30 @@ def test_sqlite_gives_a_waiting_trial_to_one_worker_also_outside_turns(tmp_path)
     assert set(range(40)) <= set(taken)
 
 
-def test_workers_of_different_seeds_propose_different_parameters(tmp_path):
-    for sampler in ("tpe", "random"):
-        tuning = Tuning(storage_path=tmp_path / f"{sampler}.journal", sampler=sampler)
+@pytest.mark.parametrize("sampler", ["tpe", "random"])
+def test_a_trial_gets_its_parameters_by_the_seed_and_its_number_whoever_asks(tmp_path, sampler):
+    """Workers with one seed do not propose the same; one that is started again goes on alike."""
+
+    def proposals(name: str, seed: int, *, starts: bool) -> list[tuple[float, float]]:
+        tuning = Tuning(storage_path=tmp_path / f"{name}.journal", sampler=sampler)
         storage.create(tuning)
-        proposals = [
-            open_study(tuning, seed=seed).study.ask().suggest_float("x", 0, 1)
-            for seed in (1, 2, 3, 1)
-        ]
-        assert len(set(proposals)) == 3
-        assert proposals[0] == proposals[3]
+        study, found = open_study(tuning, seed=seed).study, []
+        for number in range(14):  # TPE models what it has seen from the eleventh on
+            study = open_study(tuning, seed=seed).study if starts else study
+            trial = study.ask()
+            x = trial.suggest_float("x", 0, 1)
+            if starts and number % 2:  # killed between the two
+                study = open_study(tuning, seed=seed).study
+                trial = optuna.Trial(study, trial._trial_id)
+                assert trial.suggest_float("x", 0, 1) == x
+            found.append((x, trial.suggest_float("y", 0, 1)))
+            study.tell(trial, x)
+        return found
+
+    once = proposals("once", 1, starts=False)
+    assert proposals("again", 1, starts=True) == once
+    assert len(set(once)) == 14
+    assert not set(proposals("other", 2, starts=False)) & set(once)
 
 
 # Turns

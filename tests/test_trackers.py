@@ -15,10 +15,10 @@ import wandb
 from tests.test_loop import data, make_config, paths, records  # noqa: F401 - fixtures
 from tests.wandb_stand_in import serving
 from tripletkit import config as configuration
-from tripletkit.errors import RunError
+from tripletkit.errors import DataError, RunError
 from tripletkit.paths import run_paths
 from tripletkit.train.loop import train
-from tripletkit.train.trackers import MetricsFile, open_trackers
+from tripletkit.train.trackers import MetricsFile, open_trackers, read_metrics
 
 
 def test_metrics_file_goes_on_where_the_checkpoint_was(tmp_path):
@@ -29,6 +29,30 @@ def test_metrics_file_goes_on_where_the_checkpoint_was(tmp_path):
     with MetricsFile(path, size) as file:
         file.append({"epoch": 1, "again": True})
     assert path.read_text() == '{"epoch": 0}\n{"epoch": 1, "again": true}\n'
+
+
+def test_of_a_file_cut_anywhere_the_whole_records_are_read(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    assert read_metrics(path) == []
+    share = {"share": [1 / 3, None]}
+    written = [{"epoch": n, "loss": float("inf"), "bands": share} for n in range(3)]
+    with MetricsFile(path, 0) as file:
+        ends = [0, *(file.append(record) for record in written)]
+    whole = path.read_bytes()
+    for size in range(len(whole) + 1):
+        path.write_bytes(whole[:size])
+        # A record is there when only its newline is missing.
+        assert read_metrics(path) == written[: sum(end - 1 <= size for end in ends[1:])]
+        path.write_bytes(whole[:size] + b"\0" * 3)  # as a power cut may leave it
+        assert read_metrics(path) == written[: sum(end <= size for end in ends[1:])]
+
+
+@pytest.mark.parametrize("line", [b'{"epo', b"", b"7", b"\xff"])
+def test_a_line_in_the_middle_that_is_no_record_is_named(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"epoch": 0}\n' + line + b'\n{"epoch": 1}\n')
+    with pytest.raises(DataError, match=r"metrics\.jsonl, line 2: not "):
+        read_metrics(path)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable
 from typing import NamedTuple
 
 from tripletkit import __version__, log
-from tripletkit.errors import DONE, Interrupted, TripletkitError
+from tripletkit.errors import DONE, Interrupted, TripletkitError, is_out_of_memory
 
+OUT_OF_HOST_MEMORY = (
+    "lower training.batch_size or the width of the head (training_model.*_dim), evaluate on less with "
+    "the val_sample_* keys, or ask for more (slurm.mem)"
+)
 OUT_OF_MEMORY = (
     'lower training.batch_size, set training.placement = "host", or evaluate on less with the '
     "val_sample_* keys"
@@ -45,6 +50,10 @@ def run(command: Callable[[], int | None]) -> Ending:
         where = f"{error.filename}: " if error.filename else ""
         return _ended(TripletkitError.exit_code, error, f"{where}{error.strerror or error}")
     except Exception as error:  # noqa: BLE001 - the boundary: a bug shows its traceback, and says so
+        if is_out_of_memory(error):
+            asked = re.search(r"allocate [\d.]+ ?\w+", str(error))
+            message = f"out of memory{f': could not {asked[0]}' if asked else ''}"
+            return _ended(TripletkitError.exit_code, error, message, OUT_OF_HOST_MEMORY)
         torch = sys.modules.get("torch")
         if torch is not None and isinstance(error, torch.OutOfMemoryError):
             message = f"the GPU ran out of memory: {str(error).splitlines()[0]}"

@@ -5,7 +5,6 @@ Everything comes from the folders of the runs, also of those from before there w
 
 from __future__ import annotations
 
-import json
 import re
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -20,6 +19,7 @@ from tripletkit.errors import ConfigError, DataError
 from tripletkit.log import logger
 from tripletkit.paths import RunPaths, StudyPaths, TrialPaths, run_paths
 from tripletkit.repository import BLANK
+from tripletkit.tune import attempts
 
 Pairs = dict[str, tuple[Any, Any]]  # name -> what a and b have, where they differ
 
@@ -62,6 +62,7 @@ class Run:
 def open_run(folder: Path) -> Run:
     """Read a run's folder. Raises ConfigError if it is none, DataError if its files are broken."""
     from tripletkit.train import checkpoint as checkpoints
+    from tripletkit.train.trackers import read_metrics
 
     if StudyPaths(folder).identity.exists():
         raise ConfigError(f"{folder} is a study", hint="name one of its trials, by its folder")
@@ -76,7 +77,7 @@ def open_run(folder: Path) -> Run:
     return Run(
         paths=paths,
         settings=_settings(paths.config) if paths.config.exists() else {},
-        records=_records(paths.metrics),
+        records=read_metrics(paths.metrics),
         state=found[1] if found else {},
         provenance=provenance.read(paths.root),
     )
@@ -145,12 +146,9 @@ def _status(run: Run) -> str:
     if run.state.get("finished"):
         early = run.state.get("progress", {}).get("early_stopped")
         return "finished early" if early else "finished"
-    attempts = TrialPaths(run.paths.root, run.paths.root).attempts
-    if attempts.exists():
-        lines = attempts.read_text().splitlines()
-        if lines and (ended := json.loads(lines[-1]).get("outcome")) != "stopped":
-            return str(ended or "unfinished")
-    return "unfinished"
+    tried = attempts.read(TrialPaths(run.paths.root, run.paths.root).attempts)
+    ended = tried[-1].get("outcome") if tried else None
+    return "unfinished" if ended in (None, "stopped") else str(ended)
 
 
 def _seconds(run: Run) -> float | None:
@@ -220,18 +218,6 @@ def _apart(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
         "largest": max((float((v - other[k]).abs().max()) for k, v in one.items()), default=0.0),
         "scale": max((float(v.abs().max()) for v in one.values()), default=0.0),
     }
-
-
-def _records(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    records = []
-    for line in path.read_text().splitlines():
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break  # killed while writing
-    return records
 
 
 # --- configuration ---------------------------------------------------------------------------
@@ -321,6 +307,7 @@ def _surroundings(start: Mapping[str, Any]) -> dict[str, Any]:
     machine = dict(start.get("machine") or {})
     if "gpus" in machine:
         machine["gpus"] = [gpu["name"] for gpu in machine["gpus"]]
-    facts = {"host": start.get("host"), **machine, **(start.get("trainer") or {})}
+    trainer = {k: v for k, v in (start.get("trainer") or {}).items() if not k.startswith("from_")}
+    facts = {"host": start.get("host"), **machine, **trainer}
     facts |= {f"slurm {key}": value for key, value in (start.get("slurm") or {}).items()}
     return facts | (start.get("environment") or {})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from pathlib import Path
 
@@ -90,7 +91,9 @@ def run(folder: Path) -> int:
     log.out.print(
         f"\n{time.monotonic() - started:.0f} s; everything is in {folder}", soft_wrap=True
     )
-    log.out.print(f"try: tripletkit status --config {config_file}", soft_wrap=True)
+    log.out.print(
+        f"try: tripletkit status --config {shlex.quote(str(config_file))}", soft_wrap=True
+    )
     log.out.print(f"open in a browser: {' and '.join(map(str, pages.values()))}", soft_wrap=True)
     return DONE
 

@@ -10,6 +10,7 @@ from rich.table import Table
 
 from tripletkit import log
 from tripletkit.compare import CODE, is_identical
+from tripletkit.train.collapse import NO_METRICS
 
 SHOWN = 40  # lines of a patch
 NAMED = 10  # files of it
@@ -72,7 +73,7 @@ def _show_metrics(result: Mapping[str, Any]) -> None:
     """A table per state of which both runs have metrics, unless all are the same."""
     for when, title in (("raw", "raw embeddings"), ("best", "best epoch"), ("last", "last epoch")):
         a, b = result["a"][when], result["b"][when]
-        names = [name for name in a if name in b and name not in ("epoch", "queries")]
+        names = [name for name in a if name in b and name not in ("epoch", *NO_METRICS)]
         if when == "last" and (a, b) == (result["a"]["best"], result["b"]["best"]):
             continue
         if not names or all(a[name] == b[name] for name in names):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import socket
 from collections import Counter
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from tripletkit import fsio, notify
 from tripletkit.cluster import jobs
 from tripletkit.config import Config
+from tripletkit.errors import DataError
 from tripletkit.log import logger
 from tripletkit.paths import LogPaths, RunPaths, study_paths
 
@@ -29,19 +29,13 @@ WORDS = {"COMPLETE": "complete", "PRUNED": "pruned", "FAIL": "failed"}
 
 def budget_reached(config: Config, shared: SharedStudy, *, slurm: bool) -> Reached | None:
     """The budget that lets none of the study's trials start now, asked anew; the study keeps it."""
-    from tripletkit.tune import budget, claims
+    from tripletkit.tune import budget
 
     if not config.tuning.budget_gpu_hours:
         budget.note(shared, None)
         return None
     trials = shared.study.get_trials(deepcopy=False)
-    purse = budget.Budget(config, study_paths(config), slurm=slurm)
-    waiting = [trial for trial in trials if trial.state.name == "WAITING"]
-    at_work = claims.at_work(trials, _states(config))
-    idle = {t.number for t in trials if t.state.name == "RUNNING"} - at_work
-    some_left = bool(waiting or idle) or len(trials) < config.tuning.total
-    may_start = not some_left or purse.allows(trials, idle, waiting[0] if waiting else None)
-    reached = None if may_start else purse.refused
+    reached = budget.asked_anew(config, study_paths(config), trials, _states(config), slurm=slurm)
     budget.note(shared, reached)
     return reached
 
@@ -149,16 +143,17 @@ def _result(metric: str, paths: RunPaths) -> Mapping[str, Any]:
     """The best value of what the training was judged by, and its epoch."""
     best: tuple[float, int] | None = None
     sign = -1 if metric == "val_loss" else 1
+    from tripletkit.train.trackers import read_metrics
+
     try:
-        for line in paths.metrics.read_text().splitlines():
-            record = json.loads(line)
+        for record in read_metrics(paths.metrics):
             value = record.get(metric)
             if isinstance(value, (int, float)) and math.isfinite(value):
                 best = max(best, (sign * value, -record["epoch"])) if best else (
                     sign * value, -record["epoch"],
                 )  # fmt: skip
-    except (OSError, ValueError, KeyError):
-        pass
+    except (OSError, DataError, KeyError) as error:  # a message is no reason to fail
+        logger.warning("%s: the best value is not known: %s", paths.metrics, error)
     value, epoch = (sign * best[0], -best[1]) if best else (None, None)
     return {"metric": metric, "value": value, "epoch": epoch}
 

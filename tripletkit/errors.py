@@ -18,6 +18,14 @@ class TripletkitError(Exception):
         self.hint = hint
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the memory of this machine, not that of a GPU, did not do for what was asked of it."""
+    if isinstance(error, MemoryError):
+        return True
+    # What torch raises is a mere RuntimeError.
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
+
+
 class RunError(TripletkitError):
     """The run itself failed: no device, out of memory, a loss that is not a number."""
 
@@ -50,6 +58,10 @@ class StorageError(TripletkitError):
     """The study's storage cannot be reached or used."""
 
     exit_code = 5
+
+
+class NoStudyError(StorageError):
+    """The storage is there, or may be made; the study is not."""
 
 
 class StorageAway(StorageError):  # noqa: N818 - an outage

@@ -6,10 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tripletkit import config as configuration
 from tripletkit.config import Config, TrainingModel
 from tripletkit.errors import ConfigError, DataError
 from tripletkit.log import logger
-from tripletkit.paths import run_paths
+from tripletkit.paths import TrialPaths, run_paths
+from tripletkit.tune import attempts
 
 if TYPE_CHECKING:
     from tripletkit.data.store import Store
@@ -48,7 +50,8 @@ def load_head(config: Config, checkpoint: Path, dim: int | None = None) -> tuple
     from tripletkit.train import checkpoint as checkpoints
 
     state = checkpoints.load(checkpoint)
-    return head_of(state, head_section(config, state), checkpoint, dim), state.get("epoch")
+    with checkpoints.understood(checkpoint):
+        return head_of(state, head_section(config, state), checkpoint, dim), state.get("epoch")
 
 
 def head_section(config: Config, state: Checkpoint) -> TrainingModel:
@@ -66,9 +69,14 @@ def head_of(
     state: Checkpoint, section: TrainingModel, checkpoint: Path, dim: int | None = None
 ) -> Head:
     """The head of a loaded checkpoint; `checkpoint` and `dim` as in `load_head`."""
-    from tripletkit.train.head import Head, load_weights
+    import torch
 
-    head = Head(section, section.input_dim or dim or 1)  # without a width there are no weights
+    from tripletkit.train.head import Head, check_weights, load_weights
+
+    width = section.input_dim or dim or 1  # without a width there are no weights
+    with torch.device("meta"):  # in no memory: the file may tell of any head
+        check_weights(Head(section, width), state["model_state_dict"], checkpoint)
+    head = Head(section, width)
     load_weights(head, state["model_state_dict"], checkpoint)
     if dim not in (None, section.input_dim):
         raise DataError(
@@ -88,6 +96,25 @@ def best_checkpoint(config: Config) -> Path:
         f"{paths.checkpoints} holds neither {paths.best.name} nor {paths.final.name}",
         hint="train first, or name one with --checkpoint",
     )
+
+
+def warn_if_unfinished(checkpoint: Path, epoch: int | None) -> None:
+    """Say so if a checkpoint is the best so far of a run that has epochs to come."""
+    run = run_paths(checkpoint.absolute().parent)
+    over = run.final.exists() and not run.last.exists()
+    # A trial that ended may have been pruned, or keep nothing but its best.
+    attempt = attempts.read(TrialPaths(run.root, run.root).attempts)[-1:]
+    over |= any(each.get("outcome") in ("complete", "pruned", "failed") for each in attempt)
+    if checkpoint.name != run.best.name or epoch is None or over or not run.config.exists():
+        return
+    try:
+        epochs = configuration.load(run.config, environ={}).training.num_epochs
+    except ConfigError:  # of another version
+        return
+    logger.warning(
+        "%s is of epoch %d of %d: its run is not over, and a later epoch may be better",
+        checkpoint, epoch, epochs,
+    )  # fmt: skip
 
 
 def training_data(config: Config) -> Data:

@@ -6,19 +6,47 @@ import contextlib
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.segment import Segment
 
 logger = logging.getLogger("tripletkit")
 
 SLOT = "TRIPLETKIT_SLOT"  # in the environment of a process of a worker that has several
 
+# What a terminal would obey, and what turns the order of the text behind it: all that is not text, but
+# for the tab and the end of a line.
+_OBEYED = {
+    *range(0x09),
+    *range(0x0B, 0x20),
+    *range(0x7F, 0xA0),
+    *range(0x202A, 0x202F),
+    *range(0x2066, 0x206A),
+}
+_SHOWN = dict.fromkeys(_OBEYED, "\N{REPLACEMENT CHARACTER}")
+
+
+def visible(text: str) -> str:
+    """`text` as a terminal can be given it: names come from files, and files from anybody."""
+    return text.translate(_SHOWN)
+
+
+class _Console(Console):
+    """Rich's own control of the terminal goes through, that in texts does not."""
+
+    def render(
+        self, renderable: RenderableType, options: ConsoleOptions | None = None
+    ) -> Iterable[Segment]:
+        for text, style, control in super().render(renderable, options):
+            yield Segment(text if control else visible(text), style, control)
+
+
 # Results go to stdout, everything else to stderr, so that output can be piped. `:key:` in a name is
 # no picture of a key.
-out = Console(highlight=False, markup=False, emoji=False)
-err = Console(stderr=True, highlight=False, emoji=False)
+out = _Console(highlight=False, markup=False, emoji=False)
+err = _Console(stderr=True, highlight=False, emoji=False)
 
 
 def setup(*, verbose: bool = False, plain: bool = False) -> None:
@@ -62,7 +90,7 @@ def also_to(*files: Path | None) -> Iterator[None]:
         for path in files:
             if path is not None:
                 path.parent.mkdir(parents=True, exist_ok=True)
-                handler = logging.FileHandler(path)
+                handler = _File(path)
                 handler.setFormatter(_plain())
                 logger.addHandler(handler)
                 stack.callback(handler.close)
@@ -100,10 +128,35 @@ def _silent(completed: int, description: str) -> None:
     """An `update` that shows nothing."""
 
 
+class _File(logging.FileHandler):
+    """A log that a full disk costs lines, and nobody their work."""
+
+    lost = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - logging's name
+        """Say so once, in the other logs."""
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self.lost:
+            self.lost = True
+            logger.warning("%s loses lines: %s", self.baseFilename, error.strerror or error)
+
+    def close(self) -> None:
+        """What could not be written stays unwritten."""
+        with contextlib.suppress(OSError):
+            super().close()
+
+
+class _Lines(logging.Formatter):
+    """Lines for files, which are read in a terminal too."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record))
+
+
 def _plain() -> logging.Formatter:
-    return logging.Formatter(
-        "%(asctime)s %(levelname)s " + _prefix() + "%(message)s", "%Y-%m-%d %H:%M:%S"
-    )
+    return _Lines("%(asctime)s %(levelname)s " + _prefix() + "%(message)s", "%Y-%m-%d %H:%M:%S")
 
 
 def _prefix() -> str:

@@ -44,12 +44,7 @@ def address(given: str | None) -> str | None:
         )  # fmt: skip
     given = (given or os.environ.get(VARIABLE, "")).strip()
     if given and "://" not in given:
-        try:
-            given = Path(given).expanduser().read_text().strip()
-        except OSError as error:
-            raise _bad(f"is no address https://..., nor a file: {error.strerror}") from None
-        except ValueError:
-            raise _bad("is to be in a file that is no text") from None
+        given = _read(given)
     if not given:
         return None
     try:
@@ -67,6 +62,17 @@ def address(given: str | None) -> str | None:
     return given
 
 
+def _read(file: str) -> str:
+    try:
+        return Path(file).expanduser().read_text().strip()
+    except OSError as error:
+        raise _bad(f"is no address https://..., nor a file: {error.strerror}") from None
+    except RuntimeError:  # ~nobody-here/...
+        raise _bad("is no address https://..., nor a file: there is no such user") from None
+    except ValueError:
+        raise _bad("is to be in a file that is no text") from None
+
+
 def keep(path: Path, url: str) -> str | None:
     """Leave the address for the processes that will report the end, in a file of mode 0600.
 
@@ -77,8 +83,10 @@ def keep(path: Path, url: str) -> str | None:
     aside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     aside.unlink(missing_ok=True)
     try:
-        aside.touch(0o600, exist_ok=False)
-        aside.write_text(url + "\n")
+        # Through one handle: others may be able to rename files in a shared folder.
+        handle = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(handle, "w") as file:
+            file.write(url + "\n")
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tripletkit.config import Config
 
+SPLITS = ("train", "val", "test")
+
 
 @dataclass(frozen=True)
 class RunPaths:
@@ -201,6 +203,10 @@ class LogPaths:
     def records(self) -> list[Path]:
         """The records of all jobs."""
         return sorted((self.root / "jobs").glob("*.json"))
+
+    def output(self, key: str) -> Path:
+        """Which jobs were started for an output of `embed`, by a key of its place."""
+        return self.root / "embed" / f"{key}.json"
 
     def out(self, stage: str, job: str) -> Path:
         """Standard output of a job; `%j`, `%A_%a` may stand for the job."""

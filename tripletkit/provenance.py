@@ -59,7 +59,7 @@ def read(run_folder: Path) -> dict[str, Any] | None:
         found = json.loads(path.read_text())
     except FileNotFoundError:
         return None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         logger.warning("%s cannot be read: %s", path, error)
         return None
     if not isinstance(found, dict) or not isinstance(found.get("starts"), list):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
+import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,12 @@ from tripletkit.log import logger
 from tripletkit.paths import run_paths
 from tripletkit.submission import Cluster
 
+# Of a job these are as the user has them today, where that says something; how much it needs is as
+# the run had it, and may shape the result.
+SITE = {
+    "global_": ("log_dir",),
+    "slurm": ("account", "partition", "qos", "constraint", "setup", "mail"),
+}
 SOFTWARE = ("tripletkit", "torch", "numpy", "cuda", "cudnn")
 
 
@@ -24,6 +31,7 @@ def rerun(
     run: compare.Run,
     overrides: Sequence[str] = (),
     *,
+    today: Config | None = None,
     into: Path | None = None,
     cluster: Cluster = "here",
     anyway: bool = False,
@@ -31,8 +39,9 @@ def rerun(
 ) -> int:
     """Train again what is in a run's folder and, if that is done here, say how alike the two are.
 
-    `into` is a folder that is not there yet, or a rerun of the same run, which goes on. Raises
-    DataError when data is gone, or is not what it was and not `anyway`.
+    `today` is the user's configuration of today, if there is one; see SITE. `into` is a folder that
+    is not there yet, or a rerun of the same run, which goes on. Raises DataError when data is gone,
+    or is not what it was and not `anyway`.
     """
     from tripletkit.device import choose_device
 
@@ -40,6 +49,7 @@ def rerun(
     if not run.paths.config.exists():
         raise ConfigError(f"{root} holds no {run.paths.config.name}: nothing says how it trained")
     then = configuration.load(run.paths.config, overrides, environ={})
+    then = _as_today(then, today, overrides)
     folder = into.absolute() if into is not None else _free_folder(root)
     if into is not None and folder.exists() and not _repeats(folder, root):
         raise ConfigError(
@@ -55,19 +65,21 @@ def rerun(
     if cluster == "here":
         _take_threads(run)
     if not dry_run:
+        fsio.check_writable(folder, "name another folder with --into")
         fsio.write_json(run_paths(folder).rerun_of, {"run": str(root)})
     log.out.print(f"rerun of {root}: {folder}", soft_wrap=True)
     code = submission.start("train", config, {}, cluster, dry_run=dry_run)
+    diff = shlex.join(["tripletkit", "diff", str(root), str(folder)])
     if code != DONE or dry_run:
         return code
     if cluster != "here":
-        log.out.print(f"when it is done: tripletkit diff {root} {folder}", soft_wrap=True)
+        log.out.print(f"when it is done: {diff}", soft_wrap=True)
         return DONE
     found = compare.compare(run, compare.open_run(folder))
     for line in differences.result_lines(found):
         log.out.print(line, soft_wrap=True)
     if not compare.is_identical(found):
-        log.out.print(f"tripletkit diff {root} {folder} shows more", soft_wrap=True)
+        log.out.print(f"{diff} shows more", soft_wrap=True)
     return DONE
 
 
@@ -85,7 +97,7 @@ def _free_folder(root: Path) -> Path:
 def _repeats(folder: Path, root: Path) -> bool:
     try:
         told = json.loads(run_paths(folder).rerun_of.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(told, dict) and told.get("run") == str(root)
 
@@ -99,6 +111,19 @@ def _config(then: Config, folder: Path) -> Config:
         training={"resume_from_checkpoint": "auto" if wanted == "none" else wanted},
         logging={"log_file": None, "wandb_run_name": folder.name},
     )
+
+
+def _as_today(then: Config, today: Config | None, overrides: Sequence[str]) -> Config:
+    if today is None:
+        return then
+    given = {text.partition("=")[0].strip() for text in overrides}
+    values: dict[str, dict[str, Any]] = {}
+    for section, keys in SITE.items():
+        ours = getattr(today, section)
+        now = {key: getattr(ours, key) for key in keys if key in ours.model_fields_set}
+        name = section.rstrip("_")
+        values[section] = {k: v for k, v in now.items() if v and f"{name}.{k}" not in given}
+    return configuration.with_values(then, **values)
 
 
 def _check_data(run: compare.Run, config: Config, *, anyway: bool) -> None:

@@ -17,7 +17,7 @@ from functools import partial
 
 import torch
 
-from tripletkit import fsio, inputs, log, processes
+from tripletkit import inputs, log, processes
 from tripletkit.cluster import jobs, resources
 from tripletkit.config import Config
 from tripletkit.device import choose_device, choose_precision
@@ -45,7 +45,6 @@ class _Job:
     config: Config
     paths: StudyPaths
     id: str
-    name: str  # that its seeds depend on
     deadline: float | None
     slots: int
 
@@ -66,7 +65,7 @@ def run(config: Config, paths: StudyPaths, should_stop: Callable[[], bool]) -> S
     asked to stop and trials are left, with which the job goes on later.
     """
     id_, slots = jobs.current_job(), resources.slots(config)
-    job = _Job(config, paths, id_, _name(id_), jobs.deadline(id_), slots)
+    job = _Job(config, paths, id_, jobs.deadline(id_), slots)
     if slots == 1:
         return _work(job, 0, _Place(), should_stop)
     works = [partial(_slot, job, slot, place) for slot, place in enumerate(_places(config, slots))]
@@ -79,6 +78,7 @@ def run(config: Config, paths: StudyPaths, should_stop: Callable[[], bool]) -> S
         ended=[ended for each in summaries for ended in each.ended],
         progress=any(each.progress for each in summaries),
         open=any(each.open for each in summaries),
+        outdated=next((each.outdated for each in summaries if each.outdated), ""),
     )
     if not (summary.open and should_stop()):  # else the job is to come back for what is left
         processes.results(outcomes)
@@ -91,10 +91,11 @@ def _work(job: _Job, slot: int, place: _Place, should_stop: Callable[[], bool]) 
     logs = LogPaths(config.global_.log_dir)
     me = Worker(job.id, jobs.restart_count(), socket.gethostname(), os.getpid(), slot)
     shared = storage.open_study(
-        tuning, seed=0, workers=tuning.workers * job.slots, should_stop=should_stop
+        tuning,
+        seed=config.global_.seed,
+        workers=tuning.workers * job.slots,
+        should_stop=should_stop,
     )
-    begun = len(shared.study.get_trials(deepcopy=False))
-    storage.reseed(shared, tuning, _seed(config, job.name, slot, begun))
     surroundings = worker.Surroundings(
         load_data=_loader(place),
         job_states=lambda ids: jobs.states(logs, ids),
@@ -163,19 +164,3 @@ def _shared(config: Config, device: torch.device, count: int) -> _Place:
         )
     logger.info("%d trials at once on %s, with %.1f GB each", count, device, share / 1e9)
     return _Place(device, share / total, parcel)
-
-
-def _name(job: str) -> str:
-    """What the seeds of a job depend on: nothing for the only one, which is to be reproducible."""
-    background = "SUBMITIT_LOCAL_JOB_ID" in os.environ
-    return "0" if job == f"{jobs.LOCAL}{os.getpid()}" and not background else job
-
-
-def _seed(config: Config, name: str, slot: int, begun: int) -> int:
-    """Different for every slot of every start, else they would all propose the same parameters.
-
-    `begun`: the trials that there are, which a study that is continued would propose again.
-    """
-    restart = os.environ.get("SLURM_RESTART_COUNT", "0")
-    parts = [str(config.global_.seed), name, restart, str(begun), *([str(slot)] if slot else [])]
-    return int(fsio.digest(parts), 16) % 2**31

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
+import shlex
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -11,19 +13,17 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tripletkit import endings, inputs, log, processes
+from tripletkit import endings, fsio, inputs, log, processes
 from tripletkit.cluster import resources
 from tripletkit.config import Config
-from tripletkit.errors import DONE, ConfigError, DataError, Interrupted, StorageAway
+from tripletkit.errors import DONE, ConfigError, DataError, Interrupted, RunError, StorageAway
 from tripletkit.log import logger
-from tripletkit.paths import LogPaths, run_paths, study_paths
+from tripletkit.paths import SPLITS, LogPaths, StudyPaths, run_paths, study_paths
 
 if TYPE_CHECKING:
     from tripletkit.apply.recipe import Request
     from tripletkit.train.loop import TrainResult
     from tripletkit.tune.storage import SharedStudy
-
-SPLITS = ("train", "val", "test")
 
 
 def train(config: Config, should_stop: Callable[[], bool]) -> int:
@@ -96,6 +96,9 @@ def train_in_group(
     with contextlib.ExitStack() as stack:
         us = stack.enter_context(group.member(config.training.device, rendezvous=rendezvous))
         if us.leads:
+            fsio.check_writable(
+                config.checkpoint_dir, "set paths.checkpoint_dir to a folder of yours"
+            )
             log_file = run_paths(config.checkpoint_dir).log
             stack.enter_context(log.also_to(log_file, config.logging.log_file))
         return loop.train(
@@ -121,6 +124,13 @@ def tune(config: Config, should_stop: Callable[[], bool]) -> int:
     counts = Counter(summary.ended)
     did = ", ".join(f"{count} {outcome}" for outcome, count in counts.items()) or "none"
     log.out.print(f"study {config.tuning.study_name}; trials of this worker: {did}")
+    if summary.outdated:
+        path = shlex.quote(str(study_paths(config).config))
+        raise Interrupted(
+            f"study {config.tuning.study_name}: {summary.outdated}",
+            hint=f"`tripletkit tune --config {path}` goes on with it as it is now",
+            progress=summary.progress,
+        )
     if summary.open:
         raise Interrupted(
             f"study {config.tuning.study_name} has trials left",
@@ -266,8 +276,8 @@ def report(config: Config, *, of: str, split: str, output: str, figures: str | N
     page.write(made, Path(output))
     log.out.print(output, soft_wrap=True)
     if figures:
-        static.write(made, Path(figures))
-        log.out.print(figures, soft_wrap=True)
+        files = static.write(made, Path(figures))
+        log.out.print(f"{len({file.stem for file in files})} figures in {figures}", soft_wrap=True)
     return DONE
 
 
@@ -296,9 +306,12 @@ def check_data(config: Config) -> int:
         for split in configured
     }
     described = {split: describe(store) for split, store in stores.items()}
-    table = Table("", *described)
+    table = Table("")
+    for split in described:
+        table.add_column(split, justify="right")
     for key in next(iter(described.values())):
-        table.add_row(key, *(str(facts[key]) for facts in described.values()))
+        values = (facts[key] for facts in described.values())
+        table.add_row(key, *(f"{v:,}" if isinstance(v, int) else v for v in values))
     log.out.print(table)
     widths = {store.embeddings.shape[1] for store in stores.values()}
     if len(widths) > 1:
@@ -315,9 +328,10 @@ def check_data(config: Config) -> int:
         bands = open_bands(metadata, stores["train"], config.cache_dir)
         cells = bands.offsets[1:] > bands.offsets[:-1]
         per_band = cells.reshape(-1, bands.count).mean(0)
+        shares = " ".join(f"{share:.0%}" for share in per_band)
         log.out.print(
-            f"{bands.count} difficulty bands; anchors that have neighbours in them: "
-            + ", ".join(f"{share:.0%}" for share in per_band)
+            f"{bands.count} difficulty bands; anchors with neighbours in them, hardest band first:"
+            f"\n{shares}"
         )
     return DONE
 
@@ -325,7 +339,7 @@ def check_data(config: Config) -> int:
 def build_bands(config: Config, *, neighbors: int, k0: int, force: bool) -> int:
     """Write `difficulty_metadata_path` from the training embeddings."""
     from tripletkit.data import bands
-    from tripletkit.data.store import open_store
+    from tripletkit.data.store import open_store, writing_to
     from tripletkit.device import choose_device
 
     path = config.paths.difficulty_metadata_path
@@ -333,15 +347,38 @@ def build_bands(config: Config, *, neighbors: int, k0: int, force: bool) -> int:
         raise ConfigError(
             "paths.difficulty_metadata_path is not set", hint="it says where the bands are written"
         )
-    if path.exists() and not force:
-        raise DataError(f"{path} exists", hint="--force replaces it")
-    device = choose_device(config.training.device)
-    store = open_store(
-        inputs.parquet_path(config, "train"), config.cache_dir, dim=config.training_model.input_dim
-    )
-    bands.build_bands(store, path, neighbors=neighbors, k0=k0, device=device)
+    with contextlib.ExitStack() as stack:
+        with writing_to(path.parent, 0):
+            lock = stack.enter_context(fsio.passing_lock(path.with_name(f".{path.name}.lock")))
+        if not lock.ours:
+            raise RunError(
+                f"another process is building {path}",
+                hint="wait for it, or set paths.difficulty_metadata_path to another file",
+            )
+        if path.exists() and not force:
+            raise ConfigError(f"{path} exists", hint="--force replaces it")
+        if lock.sure:
+            fsio.remove_leftovers(path.parent, f".{glob.escape(path.name)}.*.tmp")
+        device = choose_device(config.training.device)
+        store = open_store(
+            inputs.parquet_path(config, "train"),
+            config.cache_dir,
+            dim=config.training_model.input_dim,
+        )
+        bands.build_bands(store, path, neighbors=neighbors, k0=k0, device=device)
     log.out.print(f"wrote {path}", soft_wrap=True)
     return DONE
+
+
+def check_bands(config: Config, *, force: bool, **_others: Any) -> None:
+    """That `build_bands` with these options finds its files, before a job waits for them."""
+    from tripletkit.data import parquet
+
+    path = config.paths.difficulty_metadata_path
+    if path is not None and path.exists() and not force:
+        raise ConfigError(f"{path} exists", hint="--force replaces it")
+    files = parquet.find_files(inputs.parquet_path(config, "train"))
+    parquet.open_table(files, [parquet.BUILDING, parquet.EMBEDDING])
 
 
 def split_data(source: Path, out: Path, *, fractions: Mapping[str, float], seed: int) -> int:
@@ -374,8 +411,16 @@ def job_name(stage: str, config: Config, options: Mapping[str, Any]) -> str:
     """What the queue shows of a job: its stage, and the study, run or database it belongs to."""
     if stage == "db":
         return f"db:{Path(options['folder']).name}"
-    of_study = stage in ("tune", "best", "tidy") or options.get("of") == "study"
-    return f"{stage}:{config.tuning.study_name if of_study else config.checkpoint_dir.name}"
+    if stage in ("tune", "best", "tidy") or options.get("of") == "study":
+        return f"{stage}:{config.tuning.study_name}"
+    given = _paths(options.get("checkpoint"))
+    return f"{stage}:{_run_name(given[0].parent if given else config.checkpoint_dir)}"
+
+
+def _run_name(folder: Path) -> str:
+    """The name of a run's folder; of a trial, with that of the study."""
+    of_study = StudyPaths(folder.parent).identity.exists()
+    return f"{folder.parent.name}/{folder.name}" if of_study else folder.name
 
 
 # What `python -m tripletkit.worker` runs: (configuration, should_stop, options of the stage).

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 import time
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import replace
@@ -10,11 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tripletkit import config as configuration
-from tripletkit import endings, fsio, inputs, log, notify, stages, worker
+from tripletkit import endings, fsio, inputs, log, notify, room, stages, worker
 from tripletkit.cluster import launch, preempt, preflight, queue, resources
 from tripletkit.cluster.launch import Job, Submission
 from tripletkit.config import Config, Slurm
-from tripletkit.errors import DONE, ClusterError, ConfigError, TripletkitError
+from tripletkit.errors import DONE, ClusterError, ConfigError, RunError, TripletkitError
 from tripletkit.log import logger
 from tripletkit.paths import LogPaths, RunPaths, StudyPaths, run_paths, study_paths
 
@@ -46,11 +47,15 @@ def start(
     """Run a stage here, or send it to a cluster. `webhook`: of a training."""
     _check_dry_run(cluster, dry_run)
     run = run_paths(config.checkpoint_dir)
+    if stage == "train" and not run.final.exists():
+        room.warn(config)
+    if stage == "train":
+        inputs.check_files(config)
     if cluster == "here":
         with _told(run, webhook):
             return _here(stage, config, options)
-    if stage == "train":
-        inputs.check_files(config)
+    if stage == "bands":
+        stages.check_bands(config, **options)
     elif stage == "evaluate":
         stages.check_evaluation(config, **options)
     job = _job(stage, config, options)
@@ -60,7 +65,8 @@ def start(
         log.out.print(launch.script(job), soft_wrap=True)
     else:
         with _told(run, webhook):
-            _submit(job, _keep(stage, config), options, cluster)
+            sent = _submit(job, _keep(stage, config), options, cluster)
+        _say_what_next(sent)
     return DONE
 
 
@@ -87,7 +93,10 @@ def tune(
         folders = [] if tuning.storage_url else [place if place.is_dir() else place.parent]
         preflight.check(job, [config.output_dir, *folders])
     if dry_run:
-        log.out.print(launch.script(job), soft_wrap=True)
+        room.warn(config, trials=tuning.total)
+        # For sbatch files: a configuration to read, and where the study would have its own.
+        shown = f"{_keep('tune', config)}\n{paths.config}" if prepare else launch.script(job)
+        log.out.print(shown, soft_wrap=True)
         for line in cost.quote(config, paths, _study_so_far(config), slurm=slurm):
             log.err.print(line, soft_wrap=True)  # the script alone can be piped
         return DONE
@@ -107,6 +116,7 @@ def tune(
     if reached := endings.budget_reached(config, shared, slurm=slurm):
         log.out.print(f"{reached}; a larger --budget-gpu-hours goes on", soft_wrap=True)
         return DONE
+    room.warn(config, trials=left)
     for line in cost.quote(config, paths, shared.study, slurm=slurm):
         log.out.print(line, soft_wrap=True)
     job = replace(job, count=resources.workers(config, left))
@@ -149,15 +159,23 @@ def submit_best(
     _check_dry_run(cluster, dry_run)
     final = final_config(config, best)
     inputs.check_files(final)
+    run = run_paths(final.checkpoint_dir)
+    if endings.is_busy(run):  # its files would be taken for ours
+        raise RunError(
+            f"another process is training in {run.root}",
+            hint="it goes on by itself; `tripletkit status` shows how far it is",
+        )
+    if not run.final.exists():
+        room.warn(final)
     logger.info("%s: %s %.4f with %s", best.source, best.metric, best.value, dict(best.params))
     job = _job("best", final)
     if cluster == "slurm":
         preflight.check(job, [final.checkpoint_dir])
     if dry_run:
-        log.out.print(launch.script(job), soft_wrap=True)
+        shown = str(_keep("best", final)) if prepare else launch.script(job)
+        log.out.print(shown, soft_wrap=True)
         return DONE
     config_file = _keep("best", final)
-    run = run_paths(final.checkpoint_dir)
     fsio.write_json(run.origin, best._asdict())
     with _told(run, webhook):
         if prepare:
@@ -165,8 +183,9 @@ def submit_best(
             return DONE
         if cluster == "here":
             return _here("best", final, {})
-        _submit(job, config_file, {}, cluster)
+        sent = _submit(job, config_file, {}, cluster)
     log.out.print(f"checkpoints: {final.checkpoint_dir}", soft_wrap=True)
+    _say_what_next(sent)
     return DONE
 
 
@@ -180,6 +199,7 @@ def embed(
 ) -> int:
     """Put files through a head, here or as up to so many jobs that share them."""
     from tripletkit.apply import embed as embedding
+    from tripletkit.apply import jobs
 
     _check_dry_run(cluster, dry_run)
     if workers and cluster == "here":
@@ -199,14 +219,24 @@ def embed(
     options = {**options, "weights": plan.weights}  # a training may replace the checkpoint
     if cluster == "here":
         return _here("embed", config, options)
-    job = _job("embed", config, options, count=min(plan.left, workers or 1))
+    logs = LogPaths(config.global_.log_dir)
+    there = jobs.at_work(logs, options)
+    count = min(plan.left, workers or 1) - len(there)
+    if there:
+        log.out.print(f"{jobs.named(there)} for {request.destination} already", soft_wrap=True)
+    if count <= 0:
+        log.out.print("no more are needed: `tripletkit wait JOB` waits for the end of one")
+        return DONE
+    job = _job("embed", config, options, count=count)
     if cluster == "slurm":
         one = request.destination.suffix == ".parquet"
         preflight.check(job, [request.destination.parent if one else request.destination])
     if dry_run:
         log.out.print(launch.script(job), soft_wrap=True)
     else:
-        _submit(job, _keep("embed", config), options, cluster)
+        sent = _submit(job, _keep("embed", config), options, cluster)
+        jobs.note(logs, options, [*there, *sent.jobs])
+        _say_what_next(sent)
     return DONE
 
 
@@ -216,7 +246,7 @@ def find_best(config: Config, source: str, number: int | None) -> Best:
 
     if source == "wandb":
         return best.from_wandb(config)
-    shared = storage.open_study(config.tuning, seed=0, workers=1, patience=60)
+    shared = storage.open_study(config.tuning, seed=0, workers=1, patience=60, read_only=True)
     return best.from_study(shared.study, config.tuning.objective, number)
 
 
@@ -245,7 +275,9 @@ def start_database(
     (started,) = _submit(job, _keep("db", config), options, cluster).jobs
     deadline = time.monotonic() + WAIT_FOR_DATABASE
     database.wait_until_up(folder, deadline, started, job.logs.err("db", started))
-    log.out.print(f"PostgreSQL is up; use it with --storage-path {folder}", soft_wrap=True)
+    log.out.print(
+        f"PostgreSQL is up; use it with --storage-path {shlex.quote(str(folder))}", soft_wrap=True
+    )
     return DONE
 
 
@@ -276,6 +308,13 @@ def _submit(
     return sent
 
 
+def _say_what_next(sent: Submission) -> None:
+    log.out.print(
+        "`tripletkit status` shows it, "
+        f"`tripletkit logs {sent.jobs[0].partition('_')[0]} -f` follows its log"
+    )
+
+
 @contextlib.contextmanager
 def _told(paths: RunPaths | StudyPaths, webhook: str | None) -> Iterator[None]:
     """What the block starts tells the webhook how it ended; unless it does not start.
@@ -299,7 +338,9 @@ def _study_so_far(config: Config) -> optuna.Study | None:
     from tripletkit.tune import storage
 
     try:
-        return storage.open_study(config.tuning, seed=0, workers=1, patience=10).study
+        return storage.open_study(
+            config.tuning, seed=0, workers=1, patience=10, read_only=True
+        ).study
     except TripletkitError as error:
         logger.debug("no study to measure: %s", error.message)
         return None
@@ -316,6 +357,7 @@ def _keep(stage: str, config: Config) -> Path:
     """Write the effective configuration of a job, under a name that its content decides."""
     text = configuration.dump(config)
     folder = LogPaths(config.global_.log_dir).configs
+    fsio.check_writable(config.global_.log_dir, worker.LOGS_ELSEWHERE)
     path = folder / f"{stage}_{fsio.digest([text])[:12]}.toml"
     fsio.write_text(path, text)
     return path

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from tripletkit import boundary, config, endings, processes, stages
+from tripletkit import boundary, config, endings, fsio, processes, stages
 from tripletkit.cluster import jobs, preempt, queue
 from tripletkit.cluster.preempt import Stop
 from tripletkit.config import Config
@@ -24,6 +24,7 @@ from tripletkit.paths import LogPaths, run_paths
 
 # Started so often in a row without getting anywhere, the job will not get anywhere.
 FRUITLESS_STARTS = 3
+LOGS_ELSEWHERE = "set global.log_dir to a folder of yours: jobs keep their logs and records there"
 KILL_SECONDS = 600  # Slurm kills a requeued job within KillWait, half a minute by default
 
 
@@ -71,6 +72,7 @@ def attend(
     if processes.follows():  # the one that leads keeps the record
         return boundary.run(lambda: stages.JOBS[stage](loaded, stop, **options)).exit_code
     logs, job = LogPaths(loaded.global_.log_dir), jobs.current_job()
+    fsio.check_writable(logs.root, LOGS_ELSEWHERE)
     name = stages.job_name(stage, loaded, options)
     record = jobs.new_record(job, stage, name, config_file, before=jobs.read(logs.record(job)))
     try:
@@ -82,7 +84,7 @@ def attend(
             is_over = not isinstance(ending.error, Interrupted)  # else somebody goes on with it
             if isinstance(ending.error, Interrupted | StorageAway) and config_file:
                 progress = ending.error.progress
-                fruitless = 0 if progress else record.fruitless + 1
+                fruitless = record.fruitless_after(progress=progress)
                 if _runs_again(job, stop):
                     is_over = fruitless >= FRUITLESS_STARTS
                     if is_over:

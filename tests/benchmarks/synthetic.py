@@ -13,6 +13,7 @@ from torch import Tensor
 
 from tripletkit.data.bands import Bands
 from tripletkit.data.store import Store
+from tripletkit.device import choose_precision, type_on
 
 IMAGES = 5  # per building
 BANDS = 7
@@ -38,9 +39,10 @@ def mapped(path: Path, rows: int, dim: int) -> NDArray[np.float16]:
 
 
 def resident(rows: int, dim: int, device: torch.device) -> Tensor:
-    """The same on a device, made there."""
-    content = torch.from_numpy(block(min(rows, BLOCK), dim)).to(device, torch.float16)
-    table = torch.empty(rows, dim, dtype=torch.float16, device=device)
+    """The same on a device, made there, in the type that a table has on it."""
+    dtype = type_on(device, np.empty((0, dim), np.float16), choose_precision("auto", device))
+    content = torch.from_numpy(block(min(rows, BLOCK), dim)).to(device, dtype)
+    table = torch.empty(rows, dim, dtype=dtype, device=device)
     for part in table.split(BLOCK):
         part.copy_(content[: len(part)])
     return table

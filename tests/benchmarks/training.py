@@ -12,7 +12,7 @@ from tests.benchmarks.measure import Bench, Row
 from tripletkit.config import Training, TrainingModel
 from tripletkit.data.bands import Bands
 from tripletkit.data.store import Store
-from tripletkit.device import autocast, choose_precision, put
+from tripletkit.device import autocast, choose_precision, put, type_on
 from tripletkit.train.bandit import Bandit
 from tripletkit.train.head import Head
 from tripletkit.train.loss import triplet_loss
@@ -73,12 +73,17 @@ class Job:
         bandit = Bandit(self.section, index.bands, home)
         learner = Learner(self.head(), self.section, bandit, self.precision)
         table = self.table if resident else None
-        table = put(self.store.embeddings, home) if table is None else table
+        if table is None:
+            table = put(
+                self.store.embeddings,
+                home,
+                type_on(home, self.store.embeddings, self.precision),
+            )
         if not resident:
             return stepping(HostStep(learner, index, table), len(index.anchors))
         step = DeviceStep(learner, index, table)
         if not graph:
-            step._graph_allowed = False
+            step._replay.allowed = False
         return stepping(step, len(index.anchors))
 
     def in_hand(self) -> Callable[[], None]:
@@ -89,8 +94,8 @@ class Job:
 
         def run() -> None:
             with autocast(self.device, self.precision):
-                anchor, positive, negative = head(x).chunk(3)
-            loss = triplet_loss(anchor, positive, negative, margin=0.5, distance="euclidean")
+                y = head(x).view(3, self.section.batch_size, -1)
+            loss = triplet_loss(y, margin=0.5, distance="euclidean")
             for parameter in head.parameters():
                 parameter.grad = None
             loss.mean().backward()
@@ -100,6 +105,7 @@ class Job:
 
 def captured(run: Callable[[], None], device: torch.device) -> Callable[[], None]:
     """On CUDA one graph, so that it is the arithmetic that counts and not Python."""
+    # A graph knows addresses, not tensors: keep alive what `run` reads.
     if device.type != "cuda":
         return run
     stream = torch.cuda.Stream(device)
@@ -111,7 +117,12 @@ def captured(run: Callable[[], None], device: torch.device) -> Callable[[], None
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, capture_error_mode="thread_local"):
         run()
-    return graph.replay
+
+    def replay() -> None:
+        assert run is not None
+        graph.replay()
+
+    return replay
 
 
 def small_job(bench: Bench, rows: int, dim: int, **options: object) -> Job:

@@ -254,7 +254,7 @@ def _provenance_rows(facts: Facts) -> list[tuple[str, str]]:
         **facts.origin,
         "checkpoint": f"{facts.checkpoint}, SHA-256 {facts.sha256}",
         "commit of tripletkit": commit(start),
-        "started": start.get("started"),
+        "started": facts.started,
         "Slurm job": (start.get("slurm") or {}).get("job"),
         "device": ", ".join(gpu["name"] for gpu in machine.get("gpus") or ()) or machine.get("cpu"),
         "trained with": _list_of(start.get("versions") or {}),

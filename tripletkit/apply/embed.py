@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-from tripletkit import fsio, log
+from tripletkit import fsio, inputs, log
 from tripletkit.apply import outputs as files
 from tripletkit.apply.projection import Vectors, project, vectors_in
 from tripletkit.apply.recipe import Job, Output, Request
@@ -57,11 +57,12 @@ class Plan:
 def check(config: Config, request: Request) -> Plan:
     """What is still to be made; reads footers, and the first row of each source.
 
-    Raises ConfigError, and DataError for sources that cannot be used and for outputs that were
+    Raises DataError for sources that cannot be used, and ConfigError, also for outputs that were
     made of something else.
     """
     todo = outputs(request)
     job = Job(config, request, "cpu")  # a login node need not have what the job will
+    inputs.warn_if_unfinished(request.checkpoint, job.epoch)
     left = 0
     for output in todo:
         for part in _files(parquet.open_table(output.sources, job.needed)):
@@ -268,7 +269,9 @@ def _vectors(job: Job, table: Table, output: Output, steps: _Steps) -> Vectors:
     if len(output.sources) == 1 and output.work.exists() and not folder.exists():
         logger.info("%s was begun with something else, such as a precision: anew", output.path)
     vectors = vectors_in(folder, table, job.projector)
-    steps.before += vectors.there()
+    if there := vectors.there():
+        logger.info("%s: going on after %s of %s rows", source, f"{there:,}", f"{table.total:,}")
+    steps.before += there
     project(
         vectors,
         table,

@@ -87,8 +87,10 @@ def _open_heads(config: Config, paths: Sequence[Path]) -> list[_Opened]:
     for path in paths:
         state, sha256 = checkpoints.load_with_sha256(path)
         width = opened[0].head.input_layer.in_features if opened else None
-        head = inputs.head_of(state, inputs.head_section(config, state), path, width)
+        with checkpoints.understood(path):
+            head = inputs.head_of(state, inputs.head_section(config, state), path, width)
         opened.append(_Opened(path, head, state.get("epoch"), sha256))
+        inputs.warn_if_unfinished(path, state.get("epoch"))
     return opened
 
 
@@ -246,6 +248,8 @@ def write(report: Report, place: EvaluationPaths) -> None:
     The JSON comes last: a kill in between leaves it as it was, beside new markdown.
     """
     with (
+        fsio.tidied(place.report),
+        fsio.tidied(place.markdown),
         fsio.atomic_write(place.report, "w") as as_json,
         fsio.atomic_write(place.markdown, "w") as as_markdown,
     ):

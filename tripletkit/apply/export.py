@@ -65,11 +65,14 @@ def export(
     _check_target(folder, force=force)
     checkpoint = checkpoint or inputs.best_checkpoint(config)
     state, sha256 = checkpoints.load_with_sha256(checkpoint)
-    section = inputs.head_section(config, state)
-    head = inputs.head_of(state, section, checkpoint)
+    with checkpoints.understood(checkpoint):
+        section = inputs.head_section(config, state)
+        head = inputs.head_of(state, section, checkpoint)
     if not all(bool(p.isfinite().all()) for p in head.parameters()):
         raise DataError(f"{checkpoint} has weights that are NaN or infinite")
-    known = facts.gather(config, checkpoint, state, sha256, section)
+    with checkpoints.understood(checkpoint):
+        known = facts.gather(config, checkpoint, state, sha256, section)
+    inputs.warn_if_unfinished(checkpoint, known.epoch)
     labels = facts.labels(known)
 
     contents: dict[str, bytes] = {}

@@ -18,8 +18,10 @@ from tripletkit.log import logger
 from tripletkit.paths import RunPaths, StudyPaths, run_paths
 from tripletkit.train import checkpoint as checkpoints
 from tripletkit.train.checkpoint import Checkpoint
+from tripletkit.train.collapse import NO_METRICS
+from tripletkit.train.trackers import read_metrics
 
-NOT_METRICS = ("epoch", "step", "queries", "train_loss", "val_loss", "raw", "bands")
+OF_A_RECORD = ("epoch", "step", "train_loss", "val_loss", "raw", "bands")  # beside the metrics
 # Names in the checkpoint's `data`, the key of [paths] behind each, and what the card calls it.
 SOURCES = {
     "training embeddings": ("train_parquet_path", "training"),
@@ -65,6 +67,7 @@ class Facts:
     sources: tuple[Source, ...]
     training: Mapping[str, Any]
     origin: Mapping[str, str]  # the run, and the study and trial that it comes from
+    started: str | None  # the run, the first time
     start: Mapping[str, Any]  # of the run, the newest, as its provenance has it
 
 
@@ -77,6 +80,7 @@ def gather(
     progress, epoch = state.get("progress", {}), state.get("epoch")
     record = provenance.read(run.root)
     known = (record or {}).get("data") or {}
+    starts = (record or {}).get("starts") or [{}]
     return Facts(
         section=section,
         checkpoint=checkpoint.name,
@@ -89,6 +93,7 @@ def gather(
         sources=tuple(_sources(run_config(config, run), state["data"], known)) if ours else (),
         training={"seed": state["config"]["seed"], **state["config"]["training"]} if ours else {},
         origin=_origin(run) if ours else {},
+        started=starts[0].get("started") if ours else None,
         start=provenance.newest(record) if ours else {},
     )
 
@@ -189,17 +194,18 @@ def _tested(run: RunPaths, sha256: str) -> Tested | None:
         )
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         logger.warning("%s is not used: %s", path, error)
         return None
 
 
 def _records(run: RunPaths) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl; one that a kill has torn is the last."""
-    records: list[dict[str, Any]] = []
-    with contextlib.suppress(OSError, ValueError):
-        records.extend(json.loads(line) for line in run.metrics.read_text().splitlines())
-    return records
+    """The lines of metrics.jsonl, if they can be read."""
+    try:
+        return read_metrics(run.metrics)
+    except (OSError, DataError) as error:
+        logger.warning("%s is not used: %s", run.metrics, error)
+        return []
 
 
 def _numbers(metrics: object) -> dict[str, float]:
@@ -209,7 +215,7 @@ def _numbers(metrics: object) -> dict[str, float]:
     return {
         str(name): float(value)
         for name, value in metrics.items()
-        if name not in NOT_METRICS and isinstance(value, int | float)
+        if name not in (*OF_A_RECORD, *NO_METRICS) and isinstance(value, int | float)
     }
 
 
@@ -236,7 +242,7 @@ def _origin(run: RunPaths) -> dict[str, str]:
         found["value there"] = f"{best['metric']} {best['value']:.4f}"
     except FileNotFoundError:
         pass
-    except (OSError, ValueError, LookupError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
         logger.warning("%s is not used: %s", run.origin, error)
     study = StudyPaths(run.root.parent)
     trial = re.fullmatch(r"trial_(\d+)", run.root.name)

@@ -36,7 +36,7 @@ def provenance_of(path: Path) -> dict[str, Any] | None:
     """What a file says it was made of; None if it is not one of ours."""
     try:
         found = json.loads((pq.read_metadata(path).metadata or {})[KEY])
-    except (OSError, KeyError, ValueError, pa.ArrowException):
+    except (OSError, KeyError, ValueError, RecursionError, pa.ArrowException):
         return None
     return found if isinstance(found, dict) and found.get("made_by") == MADE_BY else None
 
@@ -46,7 +46,7 @@ def carried(source: Path, columns: Sequence[str]) -> list[str]:
 
     Raises ConfigError and DataError for columns that cannot.
     """
-    names = pq.read_schema(source).names
+    names = parquet.column_names(source)
     if EMBEDDING in columns:
         raise ConfigError(f"--columns {EMBEDDING}: that is the one that is made anew")
     for name in columns:
@@ -127,7 +127,7 @@ def _building_type(files: Iterable[Path]) -> pa.DataType:
     """An integer type that holds those of all files, or string."""
     kinds = {pq.read_schema(file).field(BUILDING).type for file in files}
     if all(map(pa.types.is_integer, kinds)):
-        common = np.result_type(*(kind.to_pandas_dtype() for kind in kinds))
+        common = np.result_type(*map(str, kinds))
         if common.kind in "iu":  # numpy makes floats of int64 beside uint64
             return pa.from_numpy_dtype(common)
     return pa.string()

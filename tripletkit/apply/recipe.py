@@ -17,7 +17,7 @@ from tripletkit.config import Config
 from tripletkit.data import parquet
 from tripletkit.data.parquet import BUILDING, EMBEDDING
 from tripletkit.device import choose_device, choose_precision, make_deterministic
-from tripletkit.errors import DataError
+from tripletkit.errors import ConfigError, DataError
 from tripletkit.train.head import Head
 
 FORMAT = 1
@@ -141,7 +141,7 @@ class Job:
         }
 
     def finished(self, output: Output) -> bool:
-        """Whether an output is there. Raises DataError if it was made of something else."""
+        """Whether an output is there. Raises ConfigError if it was made of something else."""
         if not output.path.exists() or (self.request.force and self.outdated(output)):
             return False
         found = files.provenance_of(output.path)
@@ -151,7 +151,7 @@ class Job:
         if self.request.force:
             return False
         why = f"was made with {' and '.join(other)}" if other else f"is not from `{files.MADE_BY}`"
-        raise DataError(
+        raise ConfigError(
             f"{output.path} exists, and {why}", hint="--force replaces it; or choose another name"
         )
 
@@ -187,10 +187,22 @@ def _differences(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[st
     said = []
     for key, name in IDENTITY.items():
         if key in wanted and found.get(key) != wanted[key]:
+            if key == "weights" and found.get("checkpoint") == wanted["checkpoint"]:
+                said.append(_state_of_checkpoint(found, wanted))
+                continue
             value = found.get(SHOWN.get(key, ""))
             value = ", ".join(value) if isinstance(value, list) else value
             said.append(f"another {name}" + (f" ({value})" if value else ""))
     return said
+
+
+def _state_of_checkpoint(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """Of a checkpoint whose file was replaced since, by its run most likely."""
+    then, now = found.get("epoch"), wanted["epoch"]
+    if not (isinstance(then, int) and isinstance(now, int)):
+        return f"another state of {found['checkpoint']}"
+    which = "an earlier" if then < now else "another"
+    return f"{which} state of {found['checkpoint']} (epoch {then}; it is now of epoch {now})"
 
 
 def _weights_key(head: Head) -> str:

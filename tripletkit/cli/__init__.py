@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any, NoReturn
 
 import typer
+import typer.core
 
 from tripletkit import __version__, boundary
 from tripletkit.cli import (
@@ -22,13 +24,35 @@ from tripletkit.cli import (
     tuning,
 )
 from tripletkit.cli.options import help_if_alone
-from tripletkit.errors import ConfigError
+from tripletkit.errors import ConfigError, Interrupted
 
 # Typer may carry its own copy of click: its errors are reached through Typer.
 UsageError: Any = typer.BadParameter.__base__
 
+
+class _Commands(typer.core.TyperGroup):
+    """All commands. Typer itself would make of a Ctrl-C an exit code without a word."""
+
+    def make_context(self, *given: Any, **more: Any) -> Any:
+        with _told():
+            return super().make_context(*given, **more)
+
+    def invoke(self, ctx: Any) -> Any:
+        with _told():
+            return super().invoke(ctx)
+
+
+@contextlib.contextmanager
+def _told() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise Interrupted("interrupted") from None
+
+
 app = typer.Typer(
     name="tripletkit",
+    cls=_Commands,
     help="Train, tune and apply triplet-loss projection heads on precomputed embeddings.",
     rich_markup_mode=None,
     pretty_exceptions_enable=False,

@@ -16,15 +16,19 @@ from tripletkit.cli.options import (
     Overrides,
     flags,
     load,
+    one_of,
 )
 from tripletkit.errors import ConfigError
+from tripletkit.paths import SPLITS
 
 
 @flags("slurm", SLURM_FLAGS)
 def evaluate(
     config: ConfigFile = None,
     overrides: Overrides = None,
-    split: Annotated[str, typer.Option(help="train, val or test.")] = "test",
+    split: Annotated[
+        str, typer.Option(help="train, val or test.", autocompletion=one_of(*SPLITS))
+    ] = "test",
     checkpoint: Annotated[
         list[Path] | None,
         typer.Option(
@@ -51,9 +55,9 @@ def evaluate(
     dry_run: DryRun = False,
 ) -> None:
     """Print retrieval metrics of a split with their intervals: raw embeddings beside heads."""
-    from tripletkit import stages, submission
+    from tripletkit import submission
 
-    if split not in stages.SPLITS:
+    if split not in SPLITS:
         raise ConfigError(f"--split is {split!r}", hint="one of train, val, test")
     if output is not None and output.suffix in (".json", ".md"):
         raise ConfigError(f"--output {output} is to be a folder", hint="it will hold two files")
@@ -139,7 +143,10 @@ def export(
     formats: Annotated[
         list[str] | None,
         typer.Option(
-            "--format", metavar="FORMAT", help="safetensors or onnx; repeatable. Default: both."
+            "--format",
+            metavar="FORMAT",
+            help="safetensors or onnx; repeatable. Default: both.",
+            autocompletion=one_of("safetensors", "onnx"),
         ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier export.")] = False,

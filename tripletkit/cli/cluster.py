@@ -8,7 +8,7 @@ import typer
 
 from tripletkit.cli.options import (
     PATIENCE,
-    STUDY_FLAG,
+    STUDY_FLAGS,
     AsJson,
     ConfigFile,
     Overrides,
@@ -32,7 +32,7 @@ SomeTarget = Annotated[
 ]
 
 
-@flags("tuning", STUDY_FLAG)
+@flags("tuning", STUDY_FLAGS)
 def status(
     config: ConfigFile = None,
     overrides: Overrides = None,
@@ -65,7 +65,7 @@ def status(
         tables.show(inventory, room)
 
 
-@flags("tuning", STUDY_FLAG)
+@flags("tuning", STUDY_FLAGS)
 def logs(
     target: SomeTarget = None,
     config: ConfigFile = None,
@@ -88,7 +88,7 @@ def logs(
         raise typer.Exit(Interrupted.exit_code) from None
 
 
-@flags("tuning", STUDY_FLAG)
+@flags("tuning", STUDY_FLAGS)
 def cancel(
     target: Annotated[str, typer.Argument(help="A job, a trial, a study or a run, as for `logs`.")],
     config: ConfigFile = None,
@@ -100,7 +100,7 @@ def cancel(
     control.cancel(_resolve(target, config, overrides, PATIENCE))
 
 
-@flags("tuning", STUDY_FLAG)
+@flags("tuning", STUDY_FLAGS)
 def wait(
     target: SomeTarget = None,
     config: ConfigFile = None,

@@ -8,8 +8,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tripletkit.cli.options import PATIENCE, AsJson, ConfigFile, Overrides, flags, load_study
-from tripletkit.cli.tuning import STUDY_FLAGS
+from tripletkit.cli.options import (
+    PATIENCE,
+    STUDY_FLAGS,
+    AsJson,
+    ConfigFile,
+    Overrides,
+    flags,
+    load_study,
+)
 from tripletkit.errors import ClusterError
 from tripletkit.log import logger, out
 
@@ -59,7 +66,7 @@ def doctor(
     from tripletkit.monitor.inventory import Inventory
 
     inventory = Inventory(load_study(config, overrides), PATIENCE)
-    findings = list(examine(inventory))
+    findings = list(examine(inventory, change=fix))
     fixed = [fix and finding.apply is not None and finding.apply() for finding in findings]
     wrong = sum(not (done or each.harmless) for done, each in zip(fixed, findings, strict=True))
     silent = any(each.kind == "queue" for each in findings)
@@ -126,7 +133,7 @@ def _print_findings(study: str, findings: Iterable[Finding], fixed: Iterable[boo
         if not done:
             able = " (--fix does it)" if finding.apply is not None else ""
             out.print(f"  {finding.repair}{able}", soft_wrap=True)
-        told = told or not finding.harmless
+        told = told or not finding.harmless or finding.kind == "no_study"
     if not told:
         out.print(f"study {study}, the queue and the folders fit together", soft_wrap=True)
 

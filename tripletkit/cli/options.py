@@ -14,13 +14,36 @@ import typer
 if TYPE_CHECKING:
     from tripletkit.config import Config
 
+
+def one_of(*values: str) -> Callable[[str], list[str]]:
+    """What Tab offers for an option that takes one of these."""
+
+    def complete(incomplete: str) -> list[str]:
+        return [value for value in values if value.startswith(incomplete)]
+
+    return complete
+
+
+def _keys(incomplete: str) -> list[str]:
+    from tripletkit.config import sections
+
+    keys = (f"{name}.{key}=" for name, model in sections().items() for key in model.model_fields)
+    return [key for key in keys if key.startswith(incomplete)]
+
+
 ConfigFile = Annotated[
     Path | None,
     typer.Option("--config", "-c", help="Configuration file; default: ./config.toml if it exists."),
 ]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", "-s", metavar="SECTION.KEY=VALUE", help="Override a key; repeatable."),
+    typer.Option(
+        "--set",
+        "-s",
+        metavar="SECTION.KEY=VALUE",
+        help="Override a key; repeatable.",
+        autocompletion=_keys,
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 DryRun = Annotated[
@@ -61,6 +84,11 @@ SLURM_FLAGS = {
     "mail": "Address for mail from Slurm at the end of a job.",
 }
 STUDY_FLAG = {"study_name": "The study; default: the one of the configuration."}
+STUDY_FLAGS = {
+    **STUDY_FLAG,
+    "storage_path": "SQLite file, *.journal file, or folder of `tripletkit db up`.",
+    "storage_url": "A PostgreSQL of yours; its password belongs in PGPASSFILE.",
+}
 PATIENCE = 10.0  # seconds to wait for a storage that is away: that it is away is an answer, too
 ALIASES = {"workers": ["--workers", "--num-workers"]}
 

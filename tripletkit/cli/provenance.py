@@ -17,6 +17,7 @@ from tripletkit.cli.options import (
     OnCluster,
     Overrides,
     flags,
+    load,
     load_study,
 )
 from tripletkit.errors import ConfigError
@@ -66,16 +67,22 @@ def rerun(
 ) -> None:
     """Train a run again, as its folder says, into a new folder, and compare the two.
 
-    --config and --study-name are about where trials are looked for; --set changes keys of the run.
+    The account, partition and the like of a job are those of the configuration of today. --config
+    and --study-name also say where trials are looked for; --set changes keys of the run.
     """
     from tripletkit import compare
     from tripletkit import rerun as again
+    from tripletkit.config import DEFAULT_FILE
 
     ours = [text for text in overrides or () if text.startswith("tuning.")]
     theirs = [text for text in overrides or () if not text.startswith("tuning.")]
     found = compare.open_run(_folder(run, config, ours))
+    submits = cluster != "here"
+    today = load(config, ()) if submits and (config or DEFAULT_FILE.exists()) else None
     raise typer.Exit(
-        again.rerun(found, theirs, into=into, cluster=cluster, anyway=anyway, dry_run=dry_run)
+        again.rerun(
+            found, theirs, today=today, into=into, cluster=cluster, anyway=anyway, dry_run=dry_run
+        )
     )
 
 

@@ -9,19 +9,21 @@ import typer
 
 from tripletkit.cli.options import (
     SLURM_FLAGS,
-    STUDY_FLAG,
+    STUDY_FLAGS,
     ConfigFile,
     DryRun,
     OnCluster,
     Overrides,
     flags,
     load_study,
+    one_of,
 )
 from tripletkit.errors import ConfigError
 from tripletkit.log import logger
+from tripletkit.paths import SPLITS
 
 
-@flags("tuning", STUDY_FLAG)
+@flags("tuning", STUDY_FLAGS)
 @flags("slurm", SLURM_FLAGS)
 def report(
     target: Annotated[
@@ -46,7 +48,11 @@ def report(
         typer.Option(help="Folder for each figure as PNG and PDF.", show_default=False),
     ] = None,
     split: Annotated[
-        str, typer.Option(help="Of a run: the embeddings to look at; train, val or test.")
+        str,
+        typer.Option(
+            help="Of a run: the embeddings to look at; train, val or test.",
+            autocompletion=one_of(*SPLITS),
+        ),
     ] = "val",
     cluster: OnCluster = "here",
     dry_run: DryRun = False,
@@ -57,7 +63,7 @@ def report(
     from tripletkit.report import panels, static
     from tripletkit.report import target as targets
 
-    if split not in stages.SPLITS:
+    if split not in SPLITS:
         raise ConfigError(f"--split is {split!r}", hint="one of train, val, test")
     panels.require_plotly()
     if figures is not None:

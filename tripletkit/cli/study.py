@@ -9,7 +9,7 @@ import typer
 
 from tripletkit.cli.options import (
     PATIENCE,
-    STUDY_FLAG,
+    STUDY_FLAGS,
     AsJson,
     ConfigFile,
     Overrides,
@@ -32,7 +32,7 @@ def study(context: typer.Context) -> None:
 
 
 @app.command("show")
-@flags("tuning", STUDY_FLAG)
+@flags("tuning", STUDY_FLAGS)
 def show(config: ConfigFile = None, overrides: Overrides = None) -> None:
     """Show what the study is about, its best trials, and which parameters matter."""
     from tripletkit.monitor import study as studies
@@ -41,7 +41,7 @@ def show(config: ConfigFile = None, overrides: Overrides = None) -> None:
 
 
 @app.command("best")
-@flags("tuning", STUDY_FLAG)
+@flags("tuning", STUDY_FLAGS)
 def best(config: ConfigFile = None, overrides: Overrides = None, as_json: AsJson = False) -> None:
     """Print the best trial, its parameters as lines for config.toml."""
     from tripletkit.monitor import study as studies
@@ -50,7 +50,7 @@ def best(config: ConfigFile = None, overrides: Overrides = None, as_json: AsJson
 
 
 @app.command("export")
-@flags("tuning", STUDY_FLAG)
+@flags("tuning", STUDY_FLAGS)
 def export(
     file: Annotated[Path, typer.Argument(help="A .csv, .json or .parquet file.")],
     config: ConfigFile = None,
@@ -63,7 +63,7 @@ def export(
 
 
 @app.command("dashboard")
-@flags("tuning", STUDY_FLAG)
+@flags("tuning", STUDY_FLAGS)
 def dashboard(
     config: ConfigFile = None,
     overrides: Overrides = None,

@@ -8,6 +8,7 @@ import typer
 
 from tripletkit.cli.options import (
     SLURM_FLAGS,
+    STUDY_FLAGS,
     Cluster,
     ConfigFile,
     DryRun,
@@ -18,19 +19,16 @@ from tripletkit.cli.options import (
     load_study,
 )
 
-STUDY_FLAGS = {
-    "study_name": "Name of the study, of its folder and its jobs.",
-    "storage_path": "SQLite file, *.journal file, or folder of `tripletkit db up`.",
-    "storage_url": "A PostgreSQL of yours; its password belongs in PGPASSFILE.",
-}
 TUNING_FLAGS = {
     **STUDY_FLAGS,
+    "study_name": "Name of the study, of its folder and its jobs.",
     "output_dir": "Holds a folder per study, and in it one per trial.",
     "workers": "Workers that share the study.",
     "trials_per_worker": "Trials of a worker on average.",
     "trials_per_gpu": "Trials at once on each GPU of a worker.",
     "n_trials": "Exact total of the study instead of workers * trials per worker.",
-    "budget_gpu_hours": "No trial starts that would exceed so many GPU-hours; 0 is no limit.",
+    "budget_gpu_hours": "No trial starts that would exceed so many GPU-hours, without GPUs worker-hours; 0: "
+    "no limit.",
     "max_epochs": "Epochs of one trial.",
     "objective": "What a trial is judged by: val_loss, recall@K, map@r, mrr, r_precision.",
     "sampler": "tpe or random.",

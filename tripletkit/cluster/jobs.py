@@ -53,6 +53,10 @@ class Record:
     message: str | None = None
     fruitless: int = 0  # starts in a row, up to the newest, that ended without progress
 
+    def fruitless_after(self, *, progress: bool) -> int:
+        """What `fruitless` is when this start has ended."""
+        return 0 if progress else self.fruitless + 1
+
 
 class Ended(Protocol):
     """Notes the end of a job in its record."""
@@ -119,7 +123,7 @@ def recorded(
         def ended(exit_code: int, message: str | None, *, progress: bool = True) -> None:
             done = replace(
                 record, ended=fsio.timestamp(), exit_code=exit_code, message=message,
-                fruitless=0 if progress else record.fruitless + 1,
+                fruitless=record.fruitless_after(progress=progress),
             )  # fmt: skip
             fsio.write_json(path, asdict(done))
 
@@ -154,7 +158,7 @@ def read(path: Path) -> Record | None:
     """One record, or None where there is none."""
     try:
         return Record(**json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RecursionError):
         return None
 
 

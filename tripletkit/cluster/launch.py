@@ -6,6 +6,8 @@ import contextlib
 import io
 import os
 import re
+import shlex
+import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -13,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tripletkit import fsio, notify
-from tripletkit.cluster import queue, resources
+from tripletkit.cluster import entry, queue, resources
 from tripletkit.config import Slurm
 from tripletkit.errors import ClusterError, ConfigError
 from tripletkit.log import logger
@@ -107,6 +109,11 @@ def _check(job: Job) -> None:
     for what, text in {"global.log_dir": str(job.log_dir), "the job's name": job.name}.items():
         if not text.isprintable():
             raise ConfigError(f"{what} = {text!r} holds a character that cannot be printed")
+    if "\\" in job.name:
+        raise ConfigError(
+            f"the job's name = {job.name!r} holds a \\, which Slurm reads as a quote of what follows",
+            hint="rename the folder that it is called after",
+        )
     if set("%\\") & set(str(job.log_dir)):
         raise ConfigError(
             f"global.log_dir = {job.log_dir} holds % or \\, which Slurm reads as a pattern",
@@ -119,14 +126,23 @@ def _own_folder(job: Job) -> Path:
     folder = job.logs.submitit
     try:
         job.log_dir.mkdir(parents=True, exist_ok=True)
-        folder.mkdir(mode=0o700, exist_ok=True)
-        folder.chmod(0o700)
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
     except OSError as error:
         raise ConfigError(
             f"{error.filename}: {error.strerror}",
             hint="set global.log_dir to a folder of yours that all nodes see",
         ) from None
+    with contextlib.suppress(OSError):
+        if folder.lstat().st_uid == os.geteuid() and not folder.is_symlink():
+            folder.chmod(0o700)  # a file system without rights is refused below
+    os.close(entry.hold(folder))
     return folder
+
+
+def _command(folder: Path | str) -> str:
+    """The shell command of a job whose call submitit has put into `folder`."""
+    return shlex.join([sys.executable, "-u", "-m", entry.__name__, str(folder)])
 
 
 # Slurm
@@ -161,6 +177,13 @@ def _executor(job: Job, count: int, at_once: int) -> submitit.SlurmExecutor:
     """What submits `count` elements as one array."""
     import submitit
 
+    class Executor(submitit.SlurmExecutor):
+        """submitit's, but that its jobs look whose folder they read from."""
+
+        @property
+        def _submitit_command_str(self) -> str:
+            return _command(self.folder)
+
     if not queue.available():
         raise ClusterError(
             "there is no sbatch here", hint="submit from a login node, or use --cluster local"
@@ -176,7 +199,7 @@ def _executor(job: Job, count: int, at_once: int) -> submitit.SlurmExecutor:
     values["srun_args"] += ["--output=all", "--error=all"]
     if job.dependency:
         values["dependency"] = job.dependency
-    executor = submitit.SlurmExecutor(job.logs.submitit)
+    executor = Executor(job.logs.submitit)
     executor.update_parameters(job_name=job.name, array_parallelism=at_once, **values)
     return executor
 
@@ -236,10 +259,10 @@ def _start_here(job: Job, call: Call, folder: Path, umask: str) -> list[str]:
         set CUDA_VISIBLE_DEVICES for it, so it is left out. The job id is that of the process.
         """
 
-        def _submit_command(self, command: str) -> LocalJob[Any]:
+        def _submit_command(self, _command_of_submitit: str) -> LocalJob[Any]:
             line = (
                 f"umask {umask}; export SUBMITIT_LOCAL_JOB_ID=$$; "
-                f'exec {command} </dev/null >>"$0$$.out" 2>>"$0$$.err"'
+                f'exec {_command(self.folder)} </dev/null >>"$0$$.out" 2>>"$0$$.err"'
             )
             logs = job.logs.out(job.stage, "local-").with_suffix("")
             variables = {**environment(), "SUBMITIT_EXECUTOR": "local", **self.parameters}

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import socket
-import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
+from tripletkit import fsio
 from tripletkit.cluster import launch, queue, resources
 from tripletkit.cluster.launch import Job
-from tripletkit.errors import ClusterError, ConfigError
+from tripletkit.errors import ClusterError
 from tripletkit.log import logger
 
 # Most often on disks of this host alone.
@@ -26,7 +26,7 @@ def check(job: Job, folders: Iterable[Path] = ()) -> str:
     scripts = launch.scripts(job)
     written = [job.log_dir, *folders]
     for folder in written:
-        _check_writable(folder)
+        fsio.check_writable(folder, "the job writes there: choose a folder of yours")
     limit = resources.seconds(job.slurm.time)
     if limit < resources.SHORT:
         logger.warning(
@@ -62,19 +62,6 @@ def _check_limit(job: Job, limit: int) -> None:
                 "the job would wait for ever",
                 hint="set slurm.time or --time; a job that runs into its limit goes on in the next",
             )
-
-
-def _check_writable(folder: Path) -> None:
-    """Write a file where the folder is, or will be."""
-    existing = _existing(folder)
-    try:
-        with tempfile.TemporaryFile(dir=existing) as file:
-            file.write(b"0")
-    except OSError as error:
-        raise ConfigError(
-            f"{folder}: cannot write to {existing}: {error.strerror}",
-            hint="the job writes there: choose a folder of yours",
-        ) from None
 
 
 def _warn_of_local(folders: Iterable[Path]) -> None:

@@ -115,7 +115,7 @@ def past(ids: Iterable[str]) -> list[PastJob]:
         if "." not in job:
             state = state.partition(" ")[0]  # "CANCELLED by 0"
             runs += (PastJob._make([each, state, *facts, size]) for each in _elements(job))
-        elif size is not None:  # a step; the steps of a run follow its own row
+        elif size is not None and runs:  # a step; the steps of a run follow its own row
             runs[-1] = runs[-1]._replace(max_rss=max(size, runs[-1].max_rss or 0))
     return sorted((r for r in runs if _is_among(r.id, wanted)), key=lambda run: run.submit)
 
@@ -164,7 +164,8 @@ def settings() -> dict[str, str]:
 
 def partitions() -> list[dict[str, str]]:
     """The partitions, by `scontrol`'s names. Raises ClusterError."""
-    return list(_records(_output("scontrol", "show", "partition", "--oneliner")))
+    found = _records(_output("scontrol", "show", "partition", "--oneliner"))
+    return [each for each in found if each.keys() >= {"PartitionName", "MaxTime", "Default"}]
 
 
 def nodes(partition: str | None = None) -> list[str]:
@@ -294,15 +295,16 @@ def _elements(job: str) -> list[str]:
         return [job]
     found: list[int] = []
     for part in rest.rstrip("]").partition("%")[0].split(","):
-        bounds, _, step = part.partition(":")
-        first, _, last = bounds.partition("-")
-        found += range(int(first), int(last or first) + 1, int(step or 1))
+        bounds = re.fullmatch(r"([0-9]{1,7})(?:-([0-9]{1,7})(?::([1-9][0-9]{0,6}))?)?", part)
+        if bounds is None:  # nothing that Slurm writes
+            return [job]
+        found += range(int(bounds[1]), int(bounds[2] or bounds[1]) + 1, int(bounds[3] or 1))
     return [f"{array}{index}" for index in found]
 
 
 def _bytes(size: str) -> int | None:
     """`1.5M`, in bytes."""
-    match = re.fullmatch(r"([\d.]+)([KMGT]?)", size)
+    match = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,9})?)([KMGT]?)", size)
     return round(float(match[1]) * 1024 ** " KMGT".index(match[2] or " ")) if match else None
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import pwd
 import re
 from collections.abc import Callable
 from typing import Any
@@ -33,7 +34,7 @@ def seconds(time: str) -> int:
 
     Source: `--time` in sbatch(1). Raises ValueError for anything else, also for no limit.
     """
-    if not re.fullmatch(r"(\d+-)?\d+(:\d+){0,2}", time.strip()):
+    if not re.fullmatch(r"([0-9]{1,9}-)?[0-9]{1,9}(:[0-9]{1,9}){0,2}", time.strip()):
         raise ValueError(f"{time!r} is not a time limit: {TIME_FORMATS}")
     days, _, clock = time.strip().rpartition("-")
     parts = [int(part) for part in clock.split(":")]
@@ -58,7 +59,7 @@ def gpus(slurm: Slurm) -> int:
     """GPUs of a job. A gres string may name a type and a count: `gpu`, `gpu:2`, `gpu:a100:4`."""
     if slurm.gres is None:
         return slurm.gpus
-    found = re.match(r"gpu(?::[^:,()]*[^:,()\d][^:,()]*)?(?::(\d+))?(?=$|[,(])", slurm.gres)
+    found = re.match(r"gpu(?::[^:,()]*[^:,()\d][^:,()]*)?(?::([0-9]{1,6}))?(?=$|[,(])", slurm.gres)
     return int(found[1] or 1) if found else 0
 
 
@@ -86,18 +87,27 @@ def parameters(slurm: Slurm, stage: str = "") -> dict[str, Any]:
     for key, value in {**chosen, "gres": slurm.gres, "mail": slurm.mail}.items():
         if value and not value.isprintable():
             raise ConfigError(f"slurm.{key} = {value!r} holds a character that cannot be printed")
+        if value and "\\" in value:
+            raise ConfigError(f"slurm.{key} = {value!r} holds a \\, which Slurm reads as a quote")
     try:
         limit = seconds(slurm.time)
     except ValueError as error:
         raise ConfigError(
             f"slurm.time = {error}", hint="for example 03:00:00, or 1-12 for 36 hours"
         ) from None
-    if not re.fullmatch(r"\d+([KMGT]B?)?", slurm.mem, re.IGNORECASE):
+    if not re.fullmatch(r"[0-9]{1,15}([KMGT]B?)?", slurm.mem, re.IGNORECASE | re.ASCII):
         raise ConfigError(
             f"slurm.mem = {slurm.mem!r} is not a size of memory",
             hint="a whole number and K, M, G or T, for example 32G; 0 is all of the node",
         )
     reservation = chosen.pop("reservation")
+    mail = [one.strip() for one in (slurm.mail or "").split(",") if slurm.mail]
+    for one in mail:
+        if not re.fullmatch(r"[^\s@]+@[^\s@]+", one) and not _is_user(one):
+            raise ConfigError(
+                f"slurm.mail = {slurm.mail!r}: {one!r} is neither an address nor a user here",
+                hint="for example me@example.org; --mail sets it, too",
+            )
     found: dict[str, Any] = {
         **chosen,
         "time": math.ceil(limit / 60),
@@ -106,7 +116,7 @@ def parameters(slurm: Slurm, stage: str = "") -> dict[str, Any]:
         "gpus_per_node": None if slurm.gres else slurm.gpus or None,
         "gres": slurm.gres,
         "setup": slurm.setup or None,
-        "mail_user": slurm.mail,
+        "mail_user": ",".join(mail) or None,
         "mail_type": ("FAIL" if stage == "tune" else "END,FAIL") if slurm.mail else None,
         "additional_parameters": {
             "requeue": True,
@@ -117,6 +127,15 @@ def parameters(slurm: Slurm, stage: str = "") -> dict[str, Any]:
         "srun_args": [f"--cpus-per-task={slurm.cpus_per_task}"],
     }
     return {key: value for key, value in found.items() if value is not None}
+
+
+def _is_user(name: str) -> bool:
+    """Slurm hands mail for a mere name to the mail system of the cluster."""
+    try:
+        pwd.getpwnam(name)
+    except (KeyError, ValueError):
+        return False
+    return True
 
 
 def longest(slurm: Slurm) -> list[str]:

@@ -23,6 +23,7 @@ from tripletkit.log import logger
 
 ENV_PREFIX = "TRIPLET_TRAINING_"
 DEFAULT_FILE = Path("config.toml")
+LONGEST = 200  # characters of a wrong value in a message
 MAY_HOLD_A_PASSWORD = ("storage_url", "storage_path", "setup")  # by mistake; never repeated
 
 
@@ -52,7 +53,7 @@ def load(
         raw = _read_file(path)
         origin = {(s, k): f"{path}, [{s}] {k}" for s, table in raw.items() for k in table}
     for section, key, text, source in [*_from_environment(environ), *_from_flags(overrides)]:
-        _assign(raw, section, key, text)
+        _assign(raw, section, key, text, source)
         origin[section, key] = source
     try:
         return Config.model_validate(raw)
@@ -128,7 +129,9 @@ def _read_file(path: Path) -> dict[str, Any]:
         raise ConfigError(
             f"there is no configuration file {path}", hint="`tripletkit init` writes one"
         ) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except RecursionError:
+        raise ConfigError(f"{path} is not valid TOML: it is nested too deeply") from None
+    except ValueError as error:  # not text, not TOML, or a number of thousands of digits
         twice = "a section stands once in the file: put its keys below the one that is there"
         raise ConfigError(
             f"{path} is not valid TOML: {error}", hint=twice if "twice" in str(error) else None
@@ -201,7 +204,7 @@ def _from_flags(overrides: Sequence[str]) -> list[tuple[str, str, str, str]]:
     return found
 
 
-def _assign(raw: dict[str, Any], section: str, key: str, text: str) -> None:
+def _assign(raw: dict[str, Any], section: str, key: str, text: str, source: str) -> None:
     """Put `text` at its place; text becomes a list or table only where the key holds one."""
     name, _, rest = key.partition(".")
     table = raw.setdefault(section, {})
@@ -213,6 +216,8 @@ def _assign(raw: dict[str, Any], section: str, key: str, text: str) -> None:
         *folders, name = key.split(".")
         for folder in folders:
             table = table.setdefault(folder, {})
+            if not isinstance(table, dict):
+                raise ConfigError(f"{source}: {folder!r} is a value, not a table")
         table[name] = _parse(text)
         return
     annotation = sections()[section].model_fields[name].annotation
@@ -232,7 +237,7 @@ def _assign(raw: dict[str, Any], section: str, key: str, text: str) -> None:
 def _parse(text: str) -> Any:
     try:
         return tomllib.loads(f"v = {text}")["v"]
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         return text
 
 
@@ -240,6 +245,14 @@ def _holds(annotation: Any, kind: type) -> bool:
     if get_origin(annotation) in (Union, UnionType):
         return any(_holds(part, kind) for part in get_args(annotation))
     return annotation is kind or get_origin(annotation) is kind
+
+
+def _shown(value: object) -> str:
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # a number of thousands of digits, or nested too deeply
+        return "more than can be shown"
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]}..."
 
 
 def _explain(error: ValidationError, origin: Mapping[tuple[str, str], str]) -> ConfigError:
@@ -254,6 +267,6 @@ def _explain(error: ValidationError, origin: Mapping[tuple[str, str], str]) -> C
             message = 'needs a type: "float", "int" or "categorical"'
         message = message[0].lower() + message[1:]
         if key and key not in MAY_HOLD_A_PASSWORD and not isinstance(problem["input"], dict):
-            message += f" (got {problem['input']!r})"
+            message += f" (got {_shown(problem['input'])})"
         lines.append(f"{where}: {message}" if section else message)
     return ConfigError("\n".join(lines))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import math
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 from urllib.parse import parse_qs, urlsplit
@@ -46,6 +48,21 @@ class Section(BaseModel):
         frozen=True, extra="forbid", allow_inf_nan=False, validate_default=True
     )
 
+    @field_validator("*")
+    @classmethod
+    def _can_be_written_down(cls, value: object) -> object:
+        """What files, TOML and the libraries below can hold: numbers of 64 bits, and text."""
+        for each in value if isinstance(value, list) else [value]:
+            if isinstance(each, int) and not -(2**63) <= each < 2**63:
+                raise ValueError("is beyond 64 bits")
+            if isinstance(each, str | Path):
+                text = str(each)
+                if "\0" in text:
+                    raise ValueError("holds a NUL character")
+                if text.encode(errors="replace").decode() != text:
+                    raise ValueError("holds bytes that are not UTF-8")
+        return value
+
 
 class Global(Section):
     """What every command shares."""
@@ -81,6 +98,9 @@ class Paths(Section):
     )
 
 
+WIDEST = 2**24  # of a layer; beyond, sizes of matrices overflow
+
+
 class TrainingModel(Section):
     """The projection head."""
 
@@ -88,7 +108,7 @@ class TrainingModel(Section):
         None, ge=1, description="Width of the embeddings; read from the data when absent."
     )
     hidden_dim: int = Field(512, ge=1, description="Width of the first hidden layer.")
-    num_hidden_layers: int = Field(1, ge=1, description="Hidden layers.")
+    num_hidden_layers: int = Field(1, ge=1, le=1000, description="Hidden layers.")
     hidden_dim_multiplier: float = Field(
         1.0, gt=0, description="Width of each further hidden layer, relative to the one before."
     )
@@ -99,6 +119,16 @@ class TrainingModel(Section):
         True, description='Linear shortcut from input to output; init = "lda" and "pca" need it.'
     )
     use_layer_norm: bool = Field(True, description="LayerNorm in each block.")
+
+    @model_validator(mode="after")
+    def _layers_can_be_built(self) -> TrainingModel:
+        # As logarithms: the width itself may be beyond any number.
+        growth = (self.num_hidden_layers - 1) * max(0.0, math.log(self.hidden_dim_multiplier))
+        hidden = math.log(self.hidden_dim) + growth
+        for width in (hidden, math.log(self.output_dim), math.log(self.input_dim or 1)):
+            if width > math.log(WIDEST):
+                raise ValueError(f"a layer of the head would be wider than {WIDEST:,}")
+        return self
 
 
 Reward = Literal["useful_rate", "violation_rate", "loss", "negative_loss"]
@@ -275,6 +305,12 @@ Range = Annotated[FloatRange | IntRange | Choice, Field(discriminator="type")]
 # The study itself decides these.
 NOT_TUNED = ("num_epochs", "resume_from_checkpoint", "monitor", "validate_every_n_epochs")
 
+_HOST = r"([^][:@/?#,]*|\[[\da-fA-F:.]*\])(:\d*)?"
+# user@host:port/database?option=value: an @ in a value, not followed by what ends a host, is one.
+PLAIN_ADDRESS = re.compile(
+    rf"([^:@/?#]*@)?{_HOST}(,{_HOST})*/[^:@/?#]*\?\w+=[^:/?#&=]*(&\w+=[^:/?#&=]*)*"
+)
+
 DEFAULT_SPACE: dict[str, Range] = {
     "learning_rate": FloatRange(type="float", low=5e-5, high=5e-3, log=True),
     "weight_decay": FloatRange(type="float", low=1e-6, high=1e-2, log=True),
@@ -289,6 +325,7 @@ class Tuning(Section):
 
     study_name: str = Field(
         "tripletkit",
+        max_length=100,  # names of files are made of it, and file systems take 255 bytes
         pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$",
         description="Name of the study, of its folder and its jobs: letters, digits, . _ and -",
     )
@@ -322,7 +359,7 @@ class Tuning(Section):
         ge=0,
         allow_inf_nan=False,
         description="GPU-hours that the trials may take; then none starts any more. 0 is no limit; "
-        "without a GPU, hours of workers.",
+        "without GPUs, worker-hours.",
     )
     max_epochs: int = Field(15, ge=1, description="Epochs of one trial.")
     objective: str = Field(
@@ -336,6 +373,11 @@ class Tuning(Section):
     sampler: Literal["tpe", "random"] = Field("tpe", description="How parameters are proposed.")
     pruner: Literal["median", "successive_halving", "none"] = Field(
         "median", description="How bad trials end early."
+    )
+    keep_checkpoints: Literal["all", "best"] = Field(
+        "all",
+        description='Of a trial that is over: "best" keeps checkpoint_best.pt alone, a third of the '
+        "bytes.",
     )
     space: dict[str, Range] = Field(DEFAULT_SPACE, description="The search space.")
 
@@ -361,8 +403,13 @@ class Tuning(Section):
             raise ValueError(
                 "must begin with postgresql:// (SQLite and journal files go into storage_path)"
             )
+        if not value.startswith(f"{url.scheme}://"):
+            raise ValueError("must begin with postgresql://")
         options = parse_qs(url.query, keep_blank_values=True)  # also sslpassword is one
-        if url.password is not None or any("password" in key.lower() for key in options):
+        # A password may hold what ends a host elsewhere, as in user:a/b@host.
+        rest = value.partition("://")[2]
+        before = "" if PLAIN_ADDRESS.fullmatch(rest) else rest.rpartition("@")[0]
+        if ":" in before or "password=" in value or any("password" in k.lower() for k in options):
             raise ValueError(
                 "holds a password, which would end up in logs and run folders: take it out and "
                 "put it into the file that PGPASSFILE names"
@@ -398,8 +445,8 @@ class Slurm(Section):
     max_concurrent: int = Field(0, ge=0, description="Array elements at once; 0 is no limit.")
     mail: str | None = Field(
         None,
-        description="Address for mail at the end of a job; of a study, at its end and when a worker "
-        "fails.",
+        description="Address for mail at the end of a job, or a user's name; of a study, at its end "
+        "and when a worker fails.",
     )
 
 

@@ -21,7 +21,7 @@ import torch
 from numpy.typing import NDArray
 
 from tripletkit import fsio, log
-from tripletkit.data import parquet
+from tripletkit.data import damage, parquet
 from tripletkit.data.flat import map_array
 from tripletkit.data.neighbors import nearest_buildings
 from tripletkit.data.parquet import Batch, Table
@@ -74,7 +74,7 @@ def open_bands(path: Path, store: Store, cache_dir: Path) -> Bands:
     files = parquet.find_files(path)
     key = content_key(files, store.fingerprint)
     folder = cache_dir / key
-    facts = cached(folder, partial(_join, files, store))
+    facts = cached(folder, partial(_build, files, key, store), partial(_check, store))
     bands = Bands(
         count=facts["bands"],
         neighbors=map_array(folder / "neighbors.i32"),
@@ -82,6 +82,15 @@ def open_bands(path: Path, store: Store, cache_dir: Path) -> Bands:
         key=key,
     )
     return bands if len(store.by_building) == len(store.building) else _restrict(bands, store)
+
+
+def _check(store: Store, folder: Path, facts: dict[str, Any]) -> None:
+    """Raise ValueError when the files cannot be what was written."""
+    if not 0 < facts["bands"] <= MAX_BANDS:
+        raise ValueError("not the facts that were written")
+    neighbors, offsets = (map_array(folder / name) for name in ("neighbors.i32", "offsets.i64"))
+    cells = len(store.building) * facts["bands"]
+    damage.check_cells(offsets, neighbors, cells, len(store.building_ids))
 
 
 def content_key(files: Sequence[Path], store: str) -> str:
@@ -106,6 +115,12 @@ def _restrict(bands: Bands, store: Store) -> Bands:
             offsets[start * K] + kept[ends[1:] - ends[0]]
         )
     return Bands(K, np.concatenate(neighbors), offsets, bands.key)
+
+
+def _build(files: Sequence[Path], key: str, store: Store, aside: Path) -> dict[str, Any]:
+    """`_join` the content with that key, and no other."""
+    with parquet.unchanged(files, lambda: content_key(files, store.fingerprint) == key):
+        return _join(files, store, aside)
 
 
 def _join(files: Sequence[Path], store: Store, aside: Path) -> dict[str, Any]:
@@ -286,11 +301,12 @@ def _rows(bad: NDArray[Any], lengths: NDArray[Any]) -> NDArray[Any]:
 def _count_values(table: Table, column: str) -> int:
     total = 0
     for path in table.files:
-        footer = pq.read_metadata(path)
-        for group in map(footer.row_group, range(footer.num_row_groups)):
-            for chunk in map(group.column, range(group.num_columns)):
-                if chunk.path_in_schema.split(".")[0] == column:
-                    total += chunk.num_values
+        with parquet.usable(path):
+            footer = pq.read_metadata(path)
+            for group in map(footer.row_group, range(footer.num_row_groups)):
+                for chunk in map(group.column, range(group.num_columns)):
+                    if chunk.path_in_schema.split(".")[0] == column:
+                        total += chunk.num_values
     return total
 
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from tripletkit import log
 from tripletkit.data import parquet
 from tripletkit.data.flat import DTYPES
-from tripletkit.data.parquet import EMBEDDING, Table
+from tripletkit.data.parquet import EMBEDDING, SHOWN, Batch, Table
 from tripletkit.device import as_tensor
 from tripletkit.errors import DataError
 from tripletkit.log import logger
@@ -24,26 +24,55 @@ from tripletkit.log import logger
 HALF_MAX = 65504.0
 HALF_NORMAL = 2.0**-14  # below it float16 loses precision
 FLOAT_MAX = float(np.finfo(np.float32).max)
+# Largest numbers of vectors whose length, a sum of squares, float32 can hold.
+SHORT, LONG = 1e-12, 1e18
 SYNC_BYTES = 64 * 2**20
 SERIAL = 32_768  # numbers that torch converts without waking threads, which take the reader's core
 
 
-def write_embeddings(aside: Path, table: Table, width: int, dtype: Any) -> tuple[str, str]:
+def write_embeddings(
+    aside: Path, table: Table, width: int, dtype: Any
+) -> tuple[str, str, str | None]:
     """Write the table as float16, or float32 if that would lose more than rounding.
 
-    Returns the suffix of the file and why it is that.
+    Returns the suffix of the file, why it is that, and which vectors have no direction, if any.
     """
     why = "the source has it" if dtype == np.float16 else "every value fits"
-    misfit = _stream(aside / "embeddings.f16", table, width, exact=dtype == np.float16)
+    odd = _Odd()
+    misfit = _stream(aside / "embeddings.f16", table, width, odd, exact=dtype == np.float16)
     if misfit is None:
-        return "f16", why
+        return "f16", why, odd.told()
     (aside / "embeddings.f16").unlink()
     logger.info("%s: starting again in float32: %s", table.name, misfit)
-    _stream(aside / "embeddings.f32", table, width, exact=False)
-    return "f32", misfit
+    odd = _Odd()
+    _stream(aside / "embeddings.f32", table, width, odd, exact=False)
+    return "f32", misfit, odd.told()
 
 
-def _stream(path: Path, table: Table, width: int, *, exact: bool) -> str | None:
+class _Odd:
+    """Vectors that are zero, or whose length float32 cannot hold: to them nothing is near."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.places: list[str] = []
+
+    def look(self, batch: Batch, peaks: NDArray[np.float64]) -> None:
+        odd = (peaks < SHORT) | (peaks > LONG)
+        if odd.any():
+            self.count += int(np.count_nonzero(odd))
+            self.places.append(f"{batch.rows(odd)} of {batch.path.name}")
+
+    def told(self) -> str | None:
+        if not self.count:
+            return None
+        shown = "; ".join(self.places[:SHOWN]) + ("; ..." if len(self.places) > SHOWN else "")
+        return (
+            f"{self.count:,} vectors are zero, or too small or large (below {SHORT:g}, above {LONG:g}) "
+            f"for a length in float32, so nothing is near to them: {shown}"
+        )
+
+
+def _stream(path: Path, table: Table, width: int, odd: _Odd, *, exact: bool) -> str | None:
     """Copy the vectors into `path`; stop and say why when float16 (by its name) cannot hold one."""
     half = path.suffix == ".f16"
     low, high = (HALF_NORMAL, HALF_MAX) if half else (0.0, FLOAT_MAX)
@@ -59,6 +88,7 @@ def _stream(path: Path, table: Table, width: int, *, exact: bool) -> str | None:
             if near.any():  # rounding may have taken them over a limit
                 peaks[near] = parquet.peaks(values[near])
             parquet.check_finite(batch, peaks)
+            odd.look(batch, peaks)
             if half and not exact:
                 for bad, what in (
                     (peaks > HALF_MAX, "leaves the range of float16 (65504)"),

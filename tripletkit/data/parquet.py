@@ -10,7 +10,7 @@ import difflib
 import glob
 import hashlib
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,6 +155,31 @@ def fingerprint(files: Sequence[Path]) -> str:
     return fsio.digest(parts)
 
 
+@contextlib.contextmanager
+def unchanged(files: Sequence[Path], is_same: Callable[[], bool]) -> Iterator[None]:
+    """Raise `DataError` if the files that the block reads are others when it ends, or has failed.
+
+    Each pass opens them anew, so what came of it may be half of one and half of the other.
+    """
+    try:
+        yield
+    except Exception:
+        _check_same(files, is_same)
+        raise
+    _check_same(files, is_same)
+
+
+def _check_same(files: Sequence[Path], is_same: Callable[[], bool]) -> None:
+    with contextlib.suppress(DataError):  # not whole, or gone
+        if is_same():
+            return
+    where = files[0] if len(files) == 1 else f"{files[0].parent} ({len(files)} files)"
+    raise DataError(
+        f"{where} was changed while it was read",
+        hint="wait until it is written; the same command then begins with it anew",
+    ) from None
+
+
 def open_table(files: Sequence[Path], columns: Sequence[str]) -> Table:
     """Read the footers. Raises `DataError` for broken or empty files and missing `columns`."""
     rows = []
@@ -164,8 +189,10 @@ def open_table(files: Sequence[Path], columns: Sequence[str]) -> Table:
             for column in columns:
                 if column not in names:
                     raise _missing_column(path, column, names)
+                if names.count(column) > 1:
+                    raise DataError(f"{path}: there are {names.count(column)} columns {column!r}")
             rows.append(file.metadata.num_rows)
-        if rows[-1] == 0:
+        if rows[-1] <= 0:
             raise DataError(f"{path}: the file has no rows")
     return Table(tuple(files), tuple(rows))
 
@@ -206,6 +233,11 @@ def _read(
                 if (cut := max(0, skipped - start)) < data.num_rows:
                     yield Batch(path, start + cut, data.slice(cut) if cut else data)
                 start += data.num_rows
+            if start != count:
+                raise DataError(
+                    f"{path}: says that it has {count:,} rows, and has {start:,}",
+                    hint="the file is damaged: write or copy it again",
+                )
 
 
 def _group_of(file: pq.ParquetFile, row: int) -> tuple[int, int]:
@@ -245,13 +277,32 @@ def _readable(path: Path, where: str = "") -> Iterator[None]:
         ) from None
 
 
+@contextlib.contextmanager
+def usable(path: Path) -> Iterator[None]:
+    """Raise `DataError` when pyarrow cannot work with what it has read from this file."""
+    try:
+        yield
+    except (pa.ArrowException, UnicodeDecodeError) as error:
+        reason = str(error).splitlines()[0]
+        raise DataError(
+            f"{path}: pyarrow cannot use it: {reason}",
+            hint="leave out the column, or write it as another type",
+        ) from None
+
+
 # --- columns ---------------------------------------------------------------------------------
+
+
+def column_names(path: Path) -> list[str]:
+    """The columns of this file, in its order. Raises `DataError`."""
+    with _open(path) as file:
+        names: list[str] = file.schema_arrow.names
+    return names
 
 
 def image_id_columns(path: Path) -> tuple[str, ...]:
     """The columns that make up the image id in this file."""
-    with _open(path) as file:
-        names = file.schema_arrow.names
+    names = column_names(path)
     for columns in IMAGE_ID_COLUMNS:
         if all(column in names for column in columns):
             return columns
@@ -276,7 +327,10 @@ def image_ids(batch: Batch, columns: Sequence[str]) -> pa.Array:
 def text(batch: Batch, column: str) -> pa.Array:
     """A column of strings, categories or integers as large_string; neither null nor empty."""
     array = batch.data.column(column)
-    texts = as_text(array)
+    with usable(batch.path):
+        texts = as_text(array)
+        if texts is not None:
+            texts.validate(full=True)  # bytes that are no text
     if texts is None:
         hint = None
         if pa.types.is_floating(array.type):
@@ -312,7 +366,9 @@ def embedding_width(table: Table, expected: int | None = None) -> tuple[int, Any
     reason = "" if expected is None else "the configuration says so"
     dtypes = []
     for path in table.files:
-        first = next(_read(Table((path,), (1,)), [EMBEDDING], rows=1))
+        first = next(_read(Table((path,), (1,)), [EMBEDDING], rows=1), None)
+        if first is None:
+            raise DataError(f"{path}: the file has no rows")
         kind = first.data.column(0).type
         dtypes.append(_value_dtype(path, kind))
         lists = _lists(first)
@@ -382,7 +438,8 @@ def _lists(batch: Batch) -> pa.Array:
 def _value_dtype(path: Path, kind: pa.DataType) -> Any:
     is_list = pa.types.is_list(kind) or pa.types.is_large_list(kind)
     if (is_list or pa.types.is_fixed_size_list(kind)) and pa.types.is_floating(kind.value_type):
-        return np.dtype(kind.value_type.to_pandas_dtype())
+        # by its width: to_pandas_dtype wants pandas, in older pyarrow
+        return np.dtype(f"f{kind.value_type.bit_width // 8}")
     raise DataError(
         f"{path}: column {EMBEDDING!r} has the type {kind}, not a list of float16, float32 or float64"
     )

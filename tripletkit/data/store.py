@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from tripletkit import fsio
-from tripletkit.data import flat, parquet
+from tripletkit.data import damage, flat, parquet
 from tripletkit.data.parquet import BUILDING, EMBEDDING, Table
 from tripletkit.errors import DataError, RunError
 from tripletkit.log import logger
@@ -55,7 +55,9 @@ def open_store(source: Path, cache_dir: Path, *, dim: int | None = None) -> Stor
     files = parquet.find_files(source)
     key = content_key(files)
     folder = cache_dir / key
-    facts = cached(folder, partial(_build, files, dim))
+    facts = cached(folder, partial(_build, files, key, dim), _check)
+    if facts.get("odd"):
+        logger.warning("%s: %s", source, facts["odd"])
     if dim is not None and facts["dim"] != dim:
         raise DataError(
             f"{source}: column {EMBEDDING!r} has vectors of {facts['dim']} numbers, not {dim}",
@@ -150,18 +152,23 @@ def describe(store: Store) -> dict[str, int | str]:
 # --- cache folders ---------------------------------------------------------------------------
 
 
-def cached(folder: Path, build: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+def cached(
+    folder: Path,
+    build: Callable[[Path], dict[str, Any]],
+    check: Callable[[Path, dict[str, Any]], None],
+) -> dict[str, Any]:
     """Make sure that `folder` holds what `build(aside)` writes; return the facts it returned.
 
     Of processes that start together one builds and the others wait. The folder appears whole, by
-    a rename; a damaged one is built again. Raises `RunError` when it cannot be written.
+    a rename; one that is damaged, for which `check(folder, facts)` raises ValueError, is built
+    again. Raises `RunError` when it cannot be written.
     """
-    facts = _facts(folder)
+    facts = _facts(folder, check)
     if facts is not None:
         return facts
     try:
         with fsio.exclusive_lock(folder.with_name(f".{folder.name}.lock")) as lock:
-            facts = _facts(folder)  # another process may have built it meanwhile
+            facts = _facts(folder, check)  # another process may have built it meanwhile
             if facts is not None:
                 return facts
             if lock.sure:
@@ -169,7 +176,7 @@ def cached(folder: Path, build: Callable[[Path], dict[str, Any]]) -> dict[str, A
             if folder.exists():
                 logger.warning("%s is damaged: building it again", folder)
                 shutil.rmtree(folder)
-            return _publish(folder, build)
+            return _publish(folder, build, check)
     except OSError as error:
         raise RunError(
             f"{folder.parent}: the cache cannot be written: {error.strerror or error}",
@@ -177,7 +184,11 @@ def cached(folder: Path, build: Callable[[Path], dict[str, Any]]) -> dict[str, A
         ) from None
 
 
-def _publish(folder: Path, build: Callable[[Path], dict[str, Any]]) -> dict[str, Any]:
+def _publish(
+    folder: Path,
+    build: Callable[[Path], dict[str, Any]],
+    check: Callable[[Path, dict[str, Any]], None],
+) -> dict[str, Any]:
     aside = folder.with_name(f".{folder.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     aside.mkdir()
     try:
@@ -187,20 +198,41 @@ def _publish(folder: Path, build: Callable[[Path], dict[str, Any]]) -> dict[str,
         fsio.publish_folder(aside, folder)
     except BaseException as error:
         shutil.rmtree(aside, ignore_errors=True)
-        if isinstance(error, OSError) and (theirs := _facts(folder)) is not None:
+        if isinstance(error, OSError) and (theirs := _facts(folder, check)) is not None:
             return theirs  # where there are no locks, another builder was faster
         raise
     return facts
 
 
-def _facts(folder: Path) -> dict[str, Any] | None:
+def _facts(folder: Path, check: Callable[[Path, dict[str, Any]], None]) -> dict[str, Any] | None:
     """What is known of a finished folder; None when it is not there, torn or foreign."""
     try:
         facts: dict[str, Any] = json.loads((folder / META).read_text())
-        whole = all((folder / name).stat().st_size == n for name, n in facts["files"].items())
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        return None
-    return facts if whole else None
+        if not all((folder / name).stat().st_size == n for name, n in facts["files"].items()):
+            return None
+        check(folder, facts)
+    except (
+        FileNotFoundError, NotADirectoryError, ValueError, LookupError, TypeError, AttributeError,
+        ArithmeticError, RecursionError, pa.ArrowException,
+    ):  # fmt: skip
+        return None  # but of other errors a disk or a lack of memory is the cause
+    return facts
+
+
+def _check(folder: Path, facts: dict[str, Any]) -> None:
+    """Raise ValueError when the files of a store cannot be what was written."""
+    rows, dim, dtype = facts["rows"], facts["dim"], facts["dtype"]
+    numbers = isinstance(rows, int) and isinstance(dim, int) and dim > 0
+    if dtype not in ("f16", "f32") or not numbers:
+        raise ValueError("not the facts that were written")
+    codes = _codes(folder)
+    if flat.map_array(folder / f"embeddings.{dtype}").size != rows * dim:
+        raise ValueError("not all of the vectors")
+    if len(codes["building"]) != rows:
+        raise ValueError("not all of the rows")
+    damage.check_groups(**codes)
+    damage.check_texts(flat.map_texts(folder / "images.arrow"), rows)
+    damage.check_texts(flat.map_texts(folder / "buildings.arrow"), len(codes["starts"]) - 1)
 
 
 @contextlib.contextmanager
@@ -228,8 +260,14 @@ def _codes(folder: Path) -> dict[str, Any]:
 # --- building --------------------------------------------------------------------------------
 
 
-def _build(files: tuple[Path, ...], dim: int | None, aside: Path) -> dict[str, Any]:
-    """Write the files of a store into `aside`. Ids come first: they are quick to find wrong."""
+def _build(files: tuple[Path, ...], key: str, dim: int | None, aside: Path) -> dict[str, Any]:
+    """Write the files of a store into `aside`: of the content with that key, and no other."""
+    with parquet.unchanged(files, lambda: content_key(files) == key):
+        return _write(files, dim, aside)
+
+
+def _write(files: tuple[Path, ...], dim: int | None, aside: Path) -> dict[str, Any]:
+    """Ids come first: they are quick to find wrong."""
     from tripletkit.data.embeddings import (
         write_embeddings,  # with torch, which a reader may not need
     )
@@ -240,7 +278,7 @@ def _build(files: tuple[Path, ...], dim: int | None, aside: Path) -> dict[str, A
     per_row = 2 * width + 64  # the ids and codes of a row are about 64 bytes
     with writing_to(aside.parent, table.total * per_row):
         _write_index(aside, table, id_columns)
-        written, why = write_embeddings(aside, table, width, dtype)
+        written, why, odd = write_embeddings(aside, table, width, dtype)
     logger.info(
         "%s: %s rows of %d numbers, kept as %s: %s",
         table.name,
@@ -255,6 +293,7 @@ def _build(files: tuple[Path, ...], dim: int | None, aside: Path) -> dict[str, A
         "dim": width,
         "dtype": written,
         "why": why,
+        "odd": odd,
         "sources": [path.name for path in table.files],
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, replace
@@ -106,19 +107,20 @@ def sick_database(tuning: Tuning) -> Iterator[Finding]:
     from tripletkit.tune import database  # heavy, and only for this
 
     folder = tuning.storage_path
+    word = shlex.quote(str(folder))
     now = database.status(folder)
     if now.state != "up":
         yield Finding(
             "database",
             f"the database in {folder} is not up: {now}",
-            f"`tripletkit db up {folder}` starts it",
+            f"`tripletkit db up {word}` starts it",
         )
     elif now.connections > CROWDED * now.max_connections:
         yield Finding(
             "connections",
             f"the database in {folder} has {now.connections} of at most {now.max_connections} "
             "connections",
-            f"`tripletkit db down {folder}` and `db up --workers N`, with as many as there are",
+            f"`tripletkit db down {word}` and `db up --workers N`, with as many as there are",
         )
 
 

@@ -124,7 +124,7 @@ def wait(target: Target, timeout: float | None) -> None:
 
 
 def _jobs(target: Target, *, or_others: bool = False) -> dict[str, Job]:
-    """The jobs that count; a study is over before its final training.
+    """The jobs that count; a study is over before its final training and its report.
 
     `or_others`: for a trial, also the workers that may go on with it. Background processes that
     start count for every study.
@@ -137,7 +137,8 @@ def _jobs(target: Target, *, or_others: bool = False) -> dict[str, Job]:
     jobs = target.jobs(_starting(target.inventory.logs) if target.kind == "study" else ())
     # A process of another study may have got the id of one that worked on ours.
     ours = (study, "")
-    return {id_: job for id_, job in jobs.items() if job.stage != "best" and _study(job) in ours}
+    others = ("best", "report")
+    return {i: job for i, job in jobs.items() if job.stage not in others and _study(job) in ours}
 
 
 def _study(job: Job) -> str:
@@ -231,7 +232,7 @@ def _look_after(name: str, inventory: Inventory) -> None:
     if name != inventory.study_name:
         inventory = Inventory(of_study(inventory.config, name), inventory.patience)
     try:
-        shared = inventory.study()
+        shared = inventory.study(change=True)
         lost = claims.lost(shared, lambda ids: records.states(inventory.logs, ids))
         for number in claims.hand_back(shared, lost):
             _say(f"trial {number}: its worker is gone; it waits for the next one")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
@@ -19,11 +20,12 @@ from optuna.trial import FrozenTrial, TrialState
 from tripletkit import fsio
 from tripletkit.cluster import jobs
 from tripletkit.cluster.jobs import LOCAL, JobState
-from tripletkit.errors import ConfigError, StorageError
+from tripletkit.errors import ConfigError, NoStudyError, StorageError
 from tripletkit.monitor import checks
 from tripletkit.monitor.checks import Finding, some
 from tripletkit.monitor.inventory import Inventory
 from tripletkit.monitor.remedies import never_starts, waits
+from tripletkit.monitor.status import used_up
 from tripletkit.monitor.why import workers
 from tripletkit.paths import StudyPaths, TrialPaths
 from tripletkit.tune import attempts, budget, claims
@@ -46,6 +48,7 @@ class _Seen(NamedTuple):
     states: Mapping[str, JobState]  # of the jobs that own trials in work
     lost: Sequence[FrozenTrial]
     workers: Mapping[str, str]  # and why they wait
+    used_up: budget.Reached | None
     total: int
 
     @property
@@ -55,8 +58,8 @@ class _Seen(NamedTuple):
         return max(0, self.total - len(self.trials)) + waiting + len(self.lost)
 
 
-def examine(inventory: Inventory) -> Iterator[Finding]:
-    """Everything that does not fit together, the storage first."""
+def examine(inventory: Inventory, *, change: bool = True) -> Iterator[Finding]:
+    """Everything that does not fit together, the storage first; to `change` it where that helps."""
     yield from checks.sick_database(inventory.config.tuning)
     at_work = workers(inventory)  # warns if Slurm does not answer; then nobody asks it again
     silent = bool(inventory.warnings)
@@ -70,7 +73,11 @@ def examine(inventory: Inventory) -> Iterator[Finding]:
 
     left = 0
     try:
-        seen = _look(inventory, job_states, at_work)
+        seen = _look(inventory, job_states, at_work, change=change)
+    except NoStudyError as error:
+        # Nothing is wrong before the first `tune`: there are neither workers nor a folder yet.
+        new = not at_work and not inventory.paths.identity.exists()
+        yield Finding("no_study", error.message, error.hint or "", harmless=new)
     except (StorageError, ConfigError) as error:
         yield Finding("storage", error.message, error.hint or "see `tripletkit tune --help`")
     else:
@@ -88,8 +95,10 @@ def examine(inventory: Inventory) -> Iterator[Finding]:
     )
 
 
-def _look(inventory: Inventory, job_states: JobStates, at_work: Mapping[str, str]) -> _Seen:
-    shared = inventory.study()
+def _look(
+    inventory: Inventory, job_states: JobStates, at_work: Mapping[str, str], *, change: bool
+) -> _Seen:
+    shared = inventory.study(change=change)
     states: dict[str, JobState] = {}
 
     def noted(ids: Iterable[str]) -> Mapping[str, JobState]:
@@ -106,6 +115,7 @@ def _look(inventory: Inventory, job_states: JobStates, at_work: Mapping[str, str
         states=states,
         lost=[t for t in trials if (was := lost.get(t.number)) and _is_same(t, was)],
         workers=at_work,
+        used_up=used_up(inventory, trials, job_states),
         total=shared.study.user_attrs.get(TOTAL, inventory.config.tuning.total),
     )
 
@@ -193,14 +203,14 @@ def _work(seen: _Seen) -> Iterator[Finding]:
             for t in seen.trials
         )
         told = f" ({done} only to be told)" if done else ""
-        if reached := budget.of_study(seen.shared):
+        if seen.used_up:
             more = "`tripletkit tune` with a larger --budget-gpu-hours goes on"
-            yield Finding("budget", str(reached), more, harmless=True)
+            yield Finding("budget", str(seen.used_up), more, harmless=True)
         else:
             yield Finding(
                 "no_worker",
                 f"{seen.left} of {seen.total} trials are left{told}, and no worker runs or waits",
-                f"start some: `tripletkit tune --config {seen.paths.config}`",
+                f"start some: `tripletkit tune --config {shlex.quote(str(seen.paths.config))}`",
             )
     owners = {
         o["job"] for t in seen.trials if t.state == TrialState.RUNNING and (o := claims.owner(t))
@@ -244,7 +254,7 @@ def _identity(seen: _Seen) -> Iterator[Finding]:
     path, ours = seen.paths.identity, seen.shared.study.user_attrs.get(ID)
     try:
         theirs = json.loads(path.read_text())["id"] if path.exists() else None
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         theirs = "unreadable"
     if theirs is not None and theirs != ours:
         yield Finding(

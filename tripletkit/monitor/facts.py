@@ -89,7 +89,7 @@ def duration(seconds: int) -> str:
 
 def bytes_of(size: str) -> int | None:
     """Memory as sacct prints it: `2000M`, `2Gn`; None per core (`2Gc`), and where there is none."""
-    match = re.fullmatch(r"([\d.]+)([KMGT])n?", size)
+    match = re.fullmatch(r"([0-9]{1,18}(?:\.[0-9]{1,9})?)([KMGT])n?", size)
     return round(float(match[1]) * 1024 ** " KMGT".index(match[2])) if match else None
 
 

@@ -115,7 +115,7 @@ class Inventory:
         self.warnings: list[str] = []
         self.silence = ""  # instead of Slurm's last answer; it alone knows of jobs that wait
         self.patience = patience
-        self._shared: SharedStudy | None = None
+        self._shared: dict[bool, SharedStudy] = {}
         self._settled: dict[str, Job] = {}
 
     @property
@@ -123,15 +123,18 @@ class Inventory:
         """The configured study."""
         return self.config.tuning.study_name
 
-    def study(self) -> SharedStudy:
-        """The study. Raises StorageError if there is none, or if the storage is away."""
+    def study(self, *, change: bool = False) -> SharedStudy:
+        """The study, to read or to `change` it.
+
+        Raises NoStudyError if there is none, and StorageError if the storage is away.
+        """
         from tripletkit.tune import storage
 
-        if self._shared is None:
-            self._shared = storage.open_study(
-                self.config.tuning, seed=0, workers=1, patience=self.patience
+        if change not in self._shared:
+            self._shared[change] = storage.open_study(
+                self.config.tuning, seed=0, workers=1, patience=self.patience, read_only=not change
             )
-        return self._shared
+        return self._shared[change]
 
     def trials(self) -> list[FrozenTrial] | None:
         """Every trial, by number; None without a study."""

@@ -18,6 +18,9 @@ from tripletkit.tune import attempts
 POLL = 1.0  # seconds between two looks at the files: network file systems do not tell of changes
 ASK = (3.0, 30.0)  # seconds between two questions to Slurm whether a job is over: first, longest
 BLOCK = 64 * 1024  # bytes; the end of a file is searched in such steps
+# Bytes. Progress bars write lines that do not end: we neither search nor wait for ever.
+SEARCHED = 64 * 2**20
+LONG_LINE = 2**20
 
 Emit = Callable[[Path, str], None]
 
@@ -40,15 +43,21 @@ class Tail:
         with self.path.open("rb") as file:
             self._inode = os.fstat(file.fileno()).st_ino
             start = self._offset = file.seek(0, os.SEEK_END)
-            kept = b""
-            while start > 0 and kept.count(b"\n") <= lines:
+            stop = max(0, start - max(SEARCHED, 4096 * lines))
+            blocks: list[bytes] = []
+            ends = 0
+            while start > stop and ends <= lines:
                 size = min(BLOCK, start)
                 start = file.seek(start - size)
-                kept = file.read(size) + kept
+                blocks.append(file.read(size))
+                ends += blocks[-1].count(b"\n")
+            kept = b"".join(reversed(blocks))
         if lines:
             line_end = len(kept) - kept.endswith(b"\n")
             for _ in range(lines):
                 line_end = kept.rfind(b"\n", 0, max(line_end, 0))
+                if line_end < 0:
+                    break
             self._offset = start + line_end + 1
 
     def read(self, *, to_the_end: bool = False) -> str:
@@ -63,7 +72,7 @@ class Tail:
                 self._inode, self._offset = status.st_ino, 0
             file.seek(self._offset)
             data = file.read()
-        if not to_the_end:
+        if not to_the_end and (b"\n" in data or len(data) < LONG_LINE):
             data = data[: data.rfind(b"\n") + 1]
         self._offset += len(data)
         return data.decode(errors="replace")

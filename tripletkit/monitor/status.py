@@ -11,9 +11,12 @@ from typing import Any, NamedTuple
 
 from optuna.trial import FrozenTrial, TrialState
 
+from tripletkit.cluster import jobs as records
+from tripletkit.cluster.jobs import LOCAL, JobState
 from tripletkit.errors import StorageError
 from tripletkit.monitor.inventory import OF_STUDY, Inventory, Job, owner
 from tripletkit.tune import budget, claims, storage
+from tripletkit.tune.claims import JobStates
 
 DAY = 86400.0  # seconds; jobs that ended before are history
 OPEN = (TrialState.RUNNING, TrialState.WAITING)
@@ -26,6 +29,7 @@ class Room(NamedTuple):
 
     trials: int = 30
     jobs: int = 12
+    done: int = 3  # of these: jobs that did what they were to do
 
 
 class Best(NamedTuple):
@@ -163,18 +167,40 @@ def study_of(inventory: Inventory, trials: Sequence[FrozenTrial], jobs: Iterable
         workers=len(workers),
         # Some work on several trials at once.
         seconds_left=_seconds_left(trials, total, max(len(workers), in_work)),
-        budget=None
-        if len(trials) >= total and not counts[TrialState.WAITING]
-        else _budget(inventory),
+        budget=_budget(inventory, trials, jobs),
     )
 
 
-def _budget(inventory: Inventory) -> str | None:
+def _budget(inventory: Inventory, trials: Sequence[FrozenTrial], jobs: Iterable[Job]) -> str | None:
+    known: dict[str, JobState] = {job.id: "gone" if job.over else "running" for job in jobs}
+
+    def states(ids: Iterable[str]) -> Mapping[str, JobState]:
+        return {**records.states(inventory.logs, set(ids) - known.keys()), **known}
+
     try:
-        reached = budget.of_study(inventory.study())
+        reached = used_up(inventory, trials, states)
     except StorageError:
         return None
     return str(reached) if reached else None
+
+
+def used_up(
+    inventory: Inventory, trials: Sequence[FrozenTrial], job_states: JobStates
+) -> budget.Reached | None:
+    """The budget that lets no trial of the study start, though some are left.
+
+    As the worker saw it that last looked; but one that was killed did not look any more, so where
+    nobody works on a trial it is asked anew.
+    """
+    config = inventory.config
+    at_work = claims.at_work(trials, job_states)
+    left = [t for t in trials if not t.state.is_finished() and t.number not in at_work]
+    if not left and len(trials) >= inventory.total():
+        return None
+    if not config.tuning.budget_gpu_hours or at_work:
+        return budget.of_study(inventory.study())
+    slurm = any(not job.startswith(LOCAL) for trial in trials if (job := owner(trial)))
+    return budget.asked_anew(config, inventory.paths, trials, job_states, slurm=slurm)
 
 
 def _best(trials: Sequence[FrozenTrial], direction: str) -> Best | None:
@@ -257,16 +283,17 @@ def _is_ours(inventory: Inventory, job: Job) -> bool:
 
 
 def _ended(inventory: Inventory, jobs: Iterable[Job], told: Collection[str | None]) -> list[str]:
-    """Jobs that ended of late, and that no trial's row tells of."""
+    """Jobs that ended of late, the newest last, and that no trial's row tells of."""
     late = time.time() - DAY
-    return [
-        job.id
+    found = {
+        job.id: ended
         for job in jobs
         if job.over
         and job.id not in told
         and _is_ours(inventory, job)
-        and inventory.ended(job) > late
-    ]
+        and (ended := inventory.ended(job)) > late
+    }
+    return sorted(found, key=lambda id_: found[id_])
 
 
 def _news(inventory: Inventory, ended: Iterable[Job]) -> list[Job]:

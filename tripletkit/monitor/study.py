@@ -44,6 +44,7 @@ def show(inventory: Inventory) -> None:
         "sampler": tuning.sampler,
         "pruner": tuning.pruner,
         "trials": f"{', '.join(counted(facts)) or 'none yet'}, of {facts.total}",
+        **({"budget": facts.budget} if facts.budget else {}),
         "epochs": str(facts.max_epochs),
         "folder": str(inventory.paths.root),
         **{key: _range(range_) for key, range_ in tuning.space.items()},

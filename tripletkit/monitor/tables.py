@@ -15,8 +15,12 @@ from tripletkit.monitor.status import DAY, Room, Status, Study, gather
 if TYPE_CHECKING:
     from rich.console import Group, RenderableType
     from rich.table import Table
+    from rich.text import Text
 
-NARROW = 96  # columns, below which the value of the last epoch is left out
+# Columns, below which the value of the last epoch is left out, and what jobs say has its own lines.
+NARROW = 96
+NODE = 16  # columns of a node's name
+DONE = "COMPLETED"  # the state of a job that did what it was to do
 STYLES = {
     "FAIL": "red", "FAILED": "red", "KILLED": "red", "TIMEOUT": "red", "OUT_OF_MEMORY": "red",
     "NODE_FAIL": "red", "WAITING": "yellow", "PENDING": "yellow", "RUNNING": "green",
@@ -75,10 +79,12 @@ def render(status: Status, width: int, room: Room | None) -> Group:
     if status.hidden:
         parts.append(f"... and {status.hidden} older trials: --all shows them")
     lines = _job_lines(status.others)
-    if lines:
-        parts.append(_job_table(lines[-room.jobs :] if room else lines))
-    if room and len(lines) > room.jobs:
-        parts.append(f"... and {len(lines) - room.jobs} older lines of jobs: --all shows them")
+    shown, left_out = _chosen(lines, room)
+    if shown:
+        parts.append(_job_table(shown, width))
+        if width < NARROW and (notes := _notes(shown)):
+            parts.append(Group(*notes))
+    parts += left_out
     lost = [
         row.number
         for row in status.rows
@@ -98,7 +104,7 @@ def summary(study: Study) -> str:
     """The study in one line."""
     counts = counted(study)
     to_come = study.total - sum(study.states.values())
-    counts += [f"{to_come} to come"] if to_come > 0 else []
+    counts += [f"{to_come} to come"] if to_come > 0 and study.budget is None else []
     parts = [f"study {study.name}, {study.total} trials: {', '.join(counts)}"]
     if study.best is not None:
         epoch = f" in epoch {study.best.epoch}" if study.best.epoch is not None else ""
@@ -148,7 +154,7 @@ def _trial_table(status: Status, width: int) -> Table:
             Text(state, STYLES.get(row.state, "")),
             row.job or "",
             Text(_state(job), STYLES.get(job.state, "")) if job else "",
-            _short(job.node if job and job.node else row.host),
+            middle(_short(job.node if job and job.node else row.host), NODE),
             epochs,
             shown_value(row.best),
             *([shown_value(row.last)] if width >= NARROW else []),
@@ -156,6 +162,25 @@ def _trial_table(status: Status, width: int) -> Table:
         ]
         table.add_row(*cells)
     return table
+
+
+def _chosen(lines: Sequence[_Line], room: Room | None) -> tuple[list[_Line], list[str]]:
+    """The lines of jobs that are shown, and what is said of the others.
+
+    What runs, waits or failed has room before what is done, of which the newest few are shown.
+    """
+    if room is None:
+        return list(lines), []
+    done = [line for line in lines if line.state == DONE]
+    others = [line for line in lines if line.state != DONE]
+    kept = others[-room.jobs :]
+    kept += done[max(0, len(done) - min(room.done, room.jobs - len(kept))) :]
+    shown = [line for line in lines if line in kept]
+    said = []
+    for what, among in (("jobs", others), ("jobs that are done", done)):
+        if hidden := sum(line not in shown for line in among):
+            said.append(f"... and {hidden} older lines of {what}: --all shows them")
+    return shown, said
 
 
 class _Line(NamedTuple):
@@ -190,16 +215,33 @@ def _line(group: Sequence[Job]) -> _Line:
     )
 
 
-def _job_table(lines: Iterable[_Line]) -> Table:
+def _job_table(lines: Iterable[_Line], width: int) -> Table:
     from rich.text import Text
 
-    table = simple_table("job", "name", "job state", "node", "elapsed/limit", "")
+    beside = width >= NARROW
+    table = simple_table("job", "name", "job state", "node", "elapsed/limit", *[""] * beside)
     for line in lines:
         style = STYLES.get(line.state.partition(" ")[0], "")
         table.add_row(
-            line.job, line.name, Text(line.state, style), line.node, line.times, line.note
+            middle(line.job, width // 4),
+            middle(line.name, width // 4),
+            Text(line.state, style),
+            middle(line.node, NODE),
+            line.times,
+            *[line.note] * beside,
         )
     return table
+
+
+def _notes(lines: Iterable[_Line]) -> list[Text]:
+    """What jobs say of their end, a line each; `why` has all of it."""
+    from rich.text import Text
+
+    return [
+        Text(f"{line.job}: {line.note}", no_wrap=True, overflow="ellipsis")
+        for line in lines
+        if line.note
+    ]
 
 
 # Cells
@@ -212,7 +254,7 @@ def simple_table(*headers: str) -> Table:
 
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False, show_edge=False)
     for header in headers:
-        keep = header in ("trial", "job", "epoch", "best")
+        keep = header in ("trial", "job", "name", "node", "epoch", "best")
         table.add_column(header, no_wrap=keep, overflow="ellipsis" if keep else "fold")
     return table
 
@@ -227,6 +269,14 @@ def _times(job: Job) -> str:
 
 def _short(host: str) -> str:
     return host.partition(".")[0]
+
+
+def middle(text: str, most: int) -> str:
+    """A name in so many columns at most, without its middle: beginning and end tell them apart."""
+    if len(text) <= most:
+        return text
+    end = (most - 1) // 2
+    return f"{text[: most - 1 - end]}…{text[len(text) - end :]}"
 
 
 def shown_value(value: float | None) -> str:

@@ -69,9 +69,10 @@ class Target:
             case "trial":
                 return job.id in ids
             case "study":
-                return job.id in ids or (job.stage in OF_STUDY and job.subject == self.name)
+                ours = job.id in ids or (job.stage in OF_STUDY and job.subject == self.name)
+                return ours or _study_reported(job, self.inventory) == self.name
             case "run":
-                return _run_of(job) == self.name
+                return _run_of(job, self.inventory) == self.name
 
 
 def resolve(text: str | None, config: Config, patience: float = 0) -> Target:
@@ -91,7 +92,7 @@ def resolve(text: str | None, config: Config, patience: float = 0) -> Target:
         found = Target("job", job[1], inventory)
         if any(found._has(each, ()) for each in jobs.values()) or inventory.has_submitted(job[1]):
             return found
-    if text in {_run_of(each) for each in jobs.values()}:
+    if text in {_run_of(each, inventory) for each in jobs.values()}:
         return Target("run", text, inventory)
     if _STUDY.fullmatch(text) and text in {*_studies(jobs.values()), *_folders(config)}:
         return Target("study", text, Inventory(of_study(config, text), patience))
@@ -106,11 +107,28 @@ def _has_trial(inventory: Inventory, number: int) -> bool:
     return inventory.paths.trial(number).root.exists() if trials is None else number < len(trials)
 
 
-def _run_of(job: Job) -> str | None:
+def _run_of(job: Job, inventory: Inventory) -> str | None:
     """The name of the run's folder that a job trains in, or reads."""
     if job.stage in OF_RUN:
-        return job.subject or None
-    if job.stage != "best" or job.record is None or not job.record.config:
+        return None if _study_reported(job, inventory) else job.subject or None
+    return _own_run(job) if job.stage == "best" else None
+
+
+def _study_reported(job: Job, inventory: Inventory) -> str | None:
+    """The study that a report is about, if it is not about a run.
+
+    Its configuration names both. Without that, as while it waits, what is called like a study is
+    one.
+    """
+    if job.stage != "report" or _own_run(job) == job.subject:
+        return None
+    names = {inventory.study_name, *_folders(inventory.config)}
+    return job.subject if job.subject in names else None
+
+
+def _own_run(job: Job) -> str | None:
+    """The name of the run's folder in the configuration that a job was started with."""
+    if job.record is None or not job.record.config:
         return None
     try:
         values = tomllib.loads(Path(job.record.config).read_text())
@@ -138,7 +156,7 @@ def _offer(inventory: Inventory, jobs: Collection[Job], config: Config) -> Itera
     others = {*_studies(jobs), *_folders(config)} - {inventory.study_name}
     for kind, names in (
         ("studies", others),
-        ("runs", {run for job in jobs if (run := _run_of(job))}),
+        ("runs", {run for job in jobs if (run := _run_of(job, inventory))}),
         ("jobs", spans(job.id for job in jobs)),
     ):
         if names:

@@ -22,11 +22,11 @@ from tripletkit.report.panels import (
     new_figure,
     ordered_colors,
 )
+from tripletkit.train.collapse import NO_METRICS
 
 if TYPE_CHECKING:
     import plotly.graph_objects as go
 
-COUNTS = ("val_loss", "queries")  # among the validation fields, but no retrieval metrics
 COLORS = (BLUE, VERMILION, GREEN, ORANGE, SKY, PURPLE, GREY)
 
 
@@ -57,7 +57,7 @@ class History:
     @property
     def metrics(self) -> list[str]:
         """Names of the retrieval metrics, in order."""
-        return [name for name in self.raw if name not in COUNTS]
+        return [name for name in self.raw if name not in ("val_loss", *NO_METRICS)]
 
     @property
     def ks(self) -> list[int]:

@@ -30,7 +30,7 @@ def write(report: Report, path: Path) -> None:
     """Write the page, whole or not at all. Raises ConfigError without plotly."""
     require_plotly()
     text = render(report)
-    with fsio.atomic_write(path) as file:
+    with fsio.tidied(path), fsio.atomic_write(path) as file:
         file.write(text.encode())
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from tripletkit.report.curves import History
 from tripletkit.report.panels import Panel, Report
 from tripletkit.train import checkpoint as checkpoints
 from tripletkit.train.checkpoint import Checkpoint
+from tripletkit.train.trackers import read_metrics
 
 MISSING = "Not in this report"
 KNOWN_AS = {"train": "training embeddings", "val": "validation embeddings"}  # to the provenance
@@ -82,19 +83,8 @@ def run_report(config: Config, paths: RunPaths, *, split: str = "val") -> Report
 
 
 def read_history(path: Path, monitor: str) -> History:
-    """A run's metrics.jsonl; empty if there is none. A last line that is being written is left."""
-    try:
-        lines = path.read_text().splitlines()
-    except FileNotFoundError:
-        lines = []
-    records: list[Mapping[str, Any]] = []
-    for number, line in enumerate(lines, 1):
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            if number < len(lines):
-                raise DataError(f"{path}, line {number}: not JSON") from None
-    return History(records, monitor)
+    """A run's metrics.jsonl; empty if there is none."""
+    return History(read_metrics(path), monitor)
 
 
 def _checkpoint(paths: RunPaths) -> tuple[Path, Checkpoint] | None:
@@ -262,6 +252,6 @@ def _origin(paths: RunPaths) -> dict[str, str]:
 def _json(path: Path) -> dict[str, Any] | None:
     try:
         found = json.loads(path.read_text())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None

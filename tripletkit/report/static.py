@@ -17,7 +17,6 @@ import numpy as np
 
 from tripletkit import fsio
 from tripletkit.errors import ConfigError
-from tripletkit.log import logger
 from tripletkit.report.panels import LIGHT, Report
 from tripletkit.report.static_axes import (
     DASHES,
@@ -111,7 +110,6 @@ def write(report: Report, folder: Path) -> list[Path]:
                 with fsio.atomic_write(path) as file:
                     file.write(buffer.getvalue())
                 written.append(path)
-    logger.info("%d figures in %s", len(written) // 2, folder)
     return written
 
 

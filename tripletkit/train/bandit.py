@@ -68,7 +68,7 @@ class Bandit:
             self.means(),
             virtual,
             owned,
-            bonus=self._bonus(),
+            bonus=self.bonus(),
             counted=~explores,
             chunk=-(-len(owned) // TURNS),
         )
@@ -84,6 +84,10 @@ class Bandit:
         """Mean reward per arm, float64; 0 where nothing was earned yet."""
         return self.earned / self.pulls.clamp(min=torch.finfo(torch.float64).tiny)
 
+    def bonus(self) -> Tensor:
+        """c * sqrt(ln n), the numerator of the exploration bonus; 0-dim float64."""
+        return self.exploration * self.pulls.sum().clamp(min=1).log().sqrt()
+
     def state_dict(self) -> dict[str, Tensor]:
         """Copies on the CPU of all that an exact resume needs."""
         return {name: getattr(self, name).cpu().clone() for name in self._STATE}
@@ -92,10 +96,6 @@ class Bandit:
         """Restore in place, so that captured graphs keep their addresses."""
         for name in self._STATE:
             getattr(self, name).copy_(state[name])
-
-    def _bonus(self) -> Tensor:
-        """c * sqrt(ln n), the numerator of the exploration bonus; 0-dim float64."""
-        return self.exploration * self.pulls.sum().clamp(min=1).log().sqrt()
 
 
 def allocate(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -12,8 +13,10 @@ from tripletkit.config import Training
 from tripletkit.data.bands import Bands
 from tripletkit.data.store import Store
 from tripletkit.device import as_tensor, autocast
+from tripletkit.errors import DivergedError
 from tripletkit.train import rng
 from tripletkit.train.bandit import Bandit
+from tripletkit.train.collapse import NO_METRICS, SPREAD
 from tripletkit.train.group import ALONE, Group
 from tripletkit.train.head import Head
 from tripletkit.train.loss import triplet_loss
@@ -92,8 +95,15 @@ class Evaluation:
     def of(self, head: Head) -> dict[str, float]:
         """val_loss on the fixed triplets and the retrieval metrics of the head's output."""
         projected = self.projected(head)
+        spread = 1 - float(projected.mean(0).square().sum())
+        if not math.isfinite(spread):
+            raise DivergedError(
+                "the head makes vectors that are no numbers of validation images",
+                hint="lower training.learning_rate; `tripletkit data check` looks at the images",
+            )
         loss = self.loss(projected)
-        return self.group.first({"val_loss": loss, **self.summary(self.retrieval(projected))})
+        metrics = self.summary(self.retrieval(projected))
+        return self.group.first({"val_loss": loss, SPREAD: spread, **metrics})
 
     def embeddings(self) -> Tensor:
         """The embeddings of `rows` as they are, in their own type, on the device."""
@@ -111,11 +121,8 @@ class Evaluation:
         """The mean loss of the fixed triplets."""
         total = 0.0
         for part in self.triplets.split(2**16, dim=1):
-            anchor, positive, negative = projected[part.to(self.device)]
             loss = triplet_loss(
-                anchor,
-                positive,
-                negative,
+                projected[part.to(self.device)],
                 margin=self.section.margin,
                 distance=self.section.loss_distance,
             )
@@ -145,4 +152,4 @@ def better(metric: str, value: float, than: float | None) -> bool:
 
 def metric_names(metrics: Mapping[str, float]) -> list[str]:
     """The retrieval metrics in a result, in order, without counts and losses."""
-    return [name for name in metrics if name not in ("val_loss", "queries")]
+    return [name for name in metrics if name not in ("val_loss", *NO_METRICS)]

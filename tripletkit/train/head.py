@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from tripletkit.config import TrainingModel
 from tripletkit.errors import DataError
 from tripletkit.train.init import LinearStart
+from tripletkit.train.lowered import lowered
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
@@ -56,12 +57,15 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Project rows of embeddings."""
-        h = self._block(self.input_norm(self.input_layer(x)))
+        of: Callable[[nn.Module, Tensor], Tensor] = _linear
+        if x.is_cuda and x.dtype is torch.bfloat16 and torch.is_grad_enabled():
+            of = lowered([module for module in self.modules() if isinstance(module, nn.Linear)])
+        h = self._block(self.input_norm(of(self.input_layer, x)))
         for layer, norm in zip(self.hidden_layers, self.hidden_norms, strict=True):
-            h = self._block(norm(layer(h)))
-        y = F.dropout(self.output_norm(self.output_layer(h)), self.dropout, self.training)
+            h = self._block(norm(of(layer, h)))
+        y = F.dropout(self.output_norm(of(self.output_layer, h)), self.dropout, self.training)
         if self.residual_proj is not None:
-            y = y + self.residual_proj(x)
+            y = y + of(self.residual_proj, x)
         return F.normalize(y.float(), dim=-1)
 
     def _block(self, h: Tensor) -> Tensor:
@@ -80,9 +84,35 @@ class Head(nn.Module):
             parameter.zero_()
 
 
+def _linear(layer: nn.Module, x: Tensor) -> Tensor:
+    y: Tensor = layer(x)
+    return y
+
+
 def load_weights(head: Head, weights: Mapping[str, Tensor], path: Path) -> None:
     """Put the weights of the checkpoint `path` into `head`. Raises DataError if they do not fit."""
+    check_weights(head, weights, path)
+    if odd := [key for key, value in weights.items() if not value.isfinite().all()]:
+        raise DataError(
+            f"{path} has weights that are NaN or infinite: {', '.join(odd)}",
+            hint="its run had diverged, or the file is damaged: use an earlier checkpoint",
+        )
+    head.load_state_dict(dict(weights))
+
+
+def check_weights(head: Head, weights: Mapping[str, Tensor], path: Path) -> None:
+    """Raise DataError unless the weights of `path` have the shapes of `head`, which may be "meta"."""
     wanted = head.state_dict()
+    problems = [
+        f"  {key}: not a dense tensor of real numbers"
+        for key, value in weights.items()
+        if not isinstance(value, Tensor)
+        or value.layout != torch.strided
+        or not value.is_floating_point()
+        or value.untyped_storage().nbytes() < value.nbytes  # one number, said to be many
+    ]
+    if problems:
+        raise _unfit(path, problems)
     problems = [f"  {key}: missing in the checkpoint" for key in wanted.keys() - weights.keys()]
     problems += [f"  {key}: not in the configured head" for key in weights.keys() - wanted.keys()]
     problems += [
@@ -91,8 +121,11 @@ def load_weights(head: Head, weights: Mapping[str, Tensor], path: Path) -> None:
         if wanted[key].shape != weights[key].shape
     ]
     if problems:
-        raise DataError(
-            f"{path} does not fit the configured head:\n" + "\n".join(sorted(problems)),
-            hint="make [training_model] what the checkpoint was trained with",
-        )
-    head.load_state_dict(dict(weights))
+        raise _unfit(path, problems)
+
+
+def _unfit(path: Path, problems: list[str]) -> DataError:
+    return DataError(
+        f"{path} does not fit the configured head:\n" + "\n".join(sorted(problems)),
+        hint="make [training_model] what the checkpoint was trained with",
+    )

@@ -58,9 +58,10 @@ def linear_start(
     parts: list[bytes | str] = [f"init {FORMAT}", store.fingerprint, kind]
     parts.append(chosen.astype("<i8").tobytes())
     folder = cache_dir / f"init-{fsio.digest(parts)}"
-    cached(folder, partial(_build, store, chosen, kind, torch.device(device)))
-
     dim = store.embeddings.shape[1]
+    build = partial(_build, store, chosen, kind, torch.device(device))
+    cached(folder, build, partial(_check, dim))
+
     kept = min(output_dim, dim)
     scale = 1 / map_array(folder / "norms.f32")[kept - 1]
     weight = np.zeros((output_dim, dim), np.float32)
@@ -68,6 +69,13 @@ def linear_start(
     bias = np.zeros(output_dim, np.float32)
     bias[:kept] = map_array(folder / "center.f32")[:kept] * -scale
     return LinearStart(torch.from_numpy(weight), torch.from_numpy(bias))
+
+
+def _check(dim: int, folder: Path, _facts: dict[str, Any]) -> None:
+    """Raise ValueError when the files cannot be what was written."""
+    for name, size in (("norms.f32", dim), ("basis.f32", dim * dim), ("center.f32", dim)):
+        if len(array := map_array(folder / name)) != size or not np.isfinite(array).all():
+            raise ValueError(f"{name} is not what was written")
 
 
 def _choose_buildings(store: Store, seed: int) -> NDArray[np.int64]:

@@ -21,7 +21,7 @@ from tripletkit.device import choose_device, choose_precision, make_deterministi
 from tripletkit.errors import ConfigError, DivergedError, RunError
 from tripletkit.log import logger
 from tripletkit.paths import RunPaths
-from tripletkit.train import rng, state
+from tripletkit.train import collapse, rng, state
 from tripletkit.train.bandit import Bandit
 from tripletkit.train.evaluation import Evaluation, better, metric_names
 from tripletkit.train.group import ALONE, Group
@@ -34,6 +34,9 @@ from tripletkit.train.step import LOSS, PULLS, REWARD, VIOLATIONS, DeviceStep, H
 from tripletkit.train.trackers import MetricsFile, Tracker, open_trackers
 
 LOSSES = ("train_loss", "val_loss")
+# Who only looks whether somebody trains in a folder holds its lock for a moment.
+LOOKS, LOOK_SECONDS = 5, 0.1
+SHOW_SECONDS = 0.2  # between two moves of the bar
 AGREE_EVERY = 16  # steps; so often several processes ask each other whether to stop
 
 Report = Callable[[int, Mapping[str, float]], None]
@@ -91,29 +94,36 @@ def train(
         if found and found[0].parent.absolute() != paths.checkpoints.absolute():
             state.move_in(progress)
         if not group.leads:
-            return _Run(pieces, progress, paths).go(should_stop)
-        fsio.write_text(paths.config, configuration.dump(config))
-        about_data = state.about_data(pieces, data.train, data.val, data.bands)
-        trainer = state.about_trainer(pieces, progress, paths, found[0] if found else None)
-        stack.enter_context(provenance.recorded(paths, config, about_data, trainer))
+            return _Run(pieces, progress, paths, data.train).go(should_stop)
+        if not (progress.finished and paths.config.exists()):  # else nothing comes of this start
+            fsio.write_text(paths.config, configuration.dump(config))
+            about_data = state.about_data(pieces, data.train, data.val, data.bands)
+            trainer = state.about_trainer(pieces, progress, paths, found[0] if found else None)
+            stack.enter_context(provenance.recorded(paths, config, about_data, trainer))
         file = stack.enter_context(MetricsFile(paths.metrics, progress.metrics_bytes))
         settings = configuration.describe(config)
         trackers = stack.enter_context(open_trackers(config.logging, paths, settings))
-        return _Run(pieces, progress, paths, file, trackers, report).go(should_stop)
+        run = _Run(pieces, progress, paths, data.train, file, trackers, report)
+        return run.go(should_stop)
 
 
 @contextlib.contextmanager
 def _sole_use(paths: RunPaths) -> Iterator[None]:
     """Hold the run's folder, and clear away what a killed process left half-written."""
-    with fsio.exclusive_lock(paths.lock, wait=False) as lock:
-        if not lock.ours:
+    with contextlib.ExitStack() as stack:
+        for _ in range(LOOKS):
+            lock = stack.enter_context(fsio.exclusive_lock(paths.lock, wait=False))
+            if lock.ours:
+                break
+            time.sleep(LOOK_SECONDS)
+        else:
             raise RunError(
                 f"another process is training in {paths.root}",
                 hint="wait for it, or give this run its own paths.checkpoint_dir",
             )
         if lock.sure:
             fsio.remove_leftovers(paths.checkpoints, ".checkpoint_*.pt.*.tmp")
-            for file in (paths.config, paths.provenance, paths.root / "code_*.diff"):
+            for file in (paths.config, paths.provenance, paths.origin, paths.root / "code_*.diff"):
                 fsio.remove_leftovers(paths.root, f".{file.name}.*.tmp")
         yield
 
@@ -191,6 +201,7 @@ class _Run:
         pieces: Pieces,
         progress: Progress,
         paths: RunPaths,
+        store: Store,
         file: MetricsFile | None = None,
         trackers: Sequence[Tracker] = (),
         report: Report | None = None,
@@ -200,10 +211,13 @@ class _Run:
         self.log_every = pieces.config.logging.log_every_n_batches
         self.progress = progress
         self.paths = paths
+        self.store = store
         self.file = file
         self.trackers = trackers
         self.report = report
         self.group = pieces.learner.group
+        self.collapsed = False  # and that was said
+        self.lost = False  # by the newest validation
         self.saved_at = time.monotonic()
         self.began_at = progress.global_step
 
@@ -248,7 +262,8 @@ class _Run:
         anchors, epoch = self.pieces.anchors, progress.epoch + 1
         label = f"epoch {epoch}/{section.num_epochs}"
         step.begin(self.pieces.config.global_.seed, epoch, progress.place)
-        clock, since = time.monotonic(), progress.place
+        clock = shown_at = time.monotonic()
+        since, text = progress.place, label
         with log.progress(anchors, label) as update:
             while step.place < anchors:
                 if self._agreed(should_stop, first=step.place == since):
@@ -265,6 +280,9 @@ class _Run:
                     left = (anchors - step.place) / rate
                     if not log.err.is_terminal:
                         logger.info("%s %d/%d, %.0f s left", text, step.place, anchors, left)
+                elif (now := time.monotonic()) - shown_at > SHOW_SECONDS:
+                    shown_at = now
+                    update(step.place, text)  # the loss would wait for the device
                 if time.monotonic() - self.saved_at > 60 * section.checkpoint_every_minutes:
                     self._save(self.paths.last)
         return True
@@ -284,6 +302,7 @@ class _Run:
         """Validate, decide what is best and whether to go on, and write it all down."""
         section, progress, tally = self.section, self.progress, self.pieces.learner.tally
         progress.train_loss = self._train_loss()
+        self._check_numbers()
         progress.epoch += 1
         progress.place = 0
         record: dict[str, Any] = {
@@ -297,6 +316,8 @@ class _Run:
         )
         if validate:
             record |= self._validate()
+        if not self.collapsed:
+            self._look_for_collapse(tally.sum(0).tolist())
         record["bands"] = bands = _band_statistics(tally.tolist())
         tally.zero_()
         self._write(record)
@@ -310,15 +331,30 @@ class _Run:
         metrics["train_loss"] = progress.train_loss
         self._tell({**metrics, **(progress.metrics if validate else {})}, validated=validate)
 
+    def _look_for_collapse(self, tally: list[float]) -> None:
+        """By the newest validation, or without any by the losses of the epoch; said once."""
+        spread = self.progress.metrics.get(collapse.SPREAD)
+        if self.pieces.evaluation is None:
+            pulls, _, loss, violations = tally
+            self.collapsed = collapse.by_losses(pulls, loss, violations, self.section.margin)
+            sign = "every triplet has the margin as its loss"
+        else:
+            self.collapsed = collapse.by_spread(self.progress.metrics, self.progress.raw)
+            sign = f"the cosine of two of them is {1 - (spread or 0.0):.5f} on average"
+        if self.collapsed:
+            collapse.warn(sign)
+
     def _validate(self) -> dict[str, float]:
         """Evaluate the head and update what is best; returns the metrics."""
         assert self.pieces.evaluation is not None
         progress, monitor = self.progress, self.section.monitor
         metrics = progress.metrics = self.pieces.evaluation.of(self.pieces.learner.head)
-        if better("val_loss", metrics["val_loss"], progress.best_val_loss):
+        # The loss of a collapsed head may be small: it is the margin.
+        self.lost = collapse.by_spread(metrics, progress.raw)
+        if not self.lost and better("val_loss", metrics["val_loss"], progress.best_val_loss):
             progress.best_val_loss = metrics["val_loss"]
             progress.best_val_epoch = progress.epoch
-        if better(monitor, metrics[monitor], progress.best_value):
+        if not self.lost and better(monitor, metrics[monitor], progress.best_value):
             progress.best_value = metrics[monitor]
             progress.best_epoch = progress.epoch
             progress.best_metrics = metrics
@@ -337,7 +373,7 @@ class _Run:
         logger.info("epoch %d/%d %s", progress.epoch, self.section.num_epochs, " ".join(shown))
         for track in self.trackers:
             track(progress.epoch, metrics)
-        if validated and self.report is not None:
+        if validated and self.report is not None and not self.lost:
             self.report(progress.epoch, progress.metrics)
 
     def _train_loss(self) -> float:
@@ -345,13 +381,26 @@ class _Run:
         tally = self.pieces.learner.tally.sum(0)
         loss = float(tally[LOSS] / tally[PULLS])
         if not math.isfinite(loss):
-            raise DivergedError(
-                f"the training loss became {loss} in epoch {self.progress.epoch + 1}, "
-                f"at or before step {self.progress.global_step}",
-                hint='lower training.learning_rate or set training.precision = "fp32"; '
-                f"the checkpoints in {self.paths.checkpoints} are from before",
-            )
+            where, hint = self.pieces.step.watch.told(self.store, self.began_at)
+            raise self._diverged(f"the training loss became {loss}", where, hint)
         return loss
+
+    def _check_numbers(self) -> None:
+        """A loss is computed before its step: the last one of an epoch shows in no loss of it."""
+        if not self.pieces.learner.is_sound():
+            raise self._diverged("a weight, or a moment of one, is no number any more")
+
+    def _diverged(self, what: str, where: str = "", hint: str | None = None) -> DivergedError:
+        saved = sorted(self.paths.saved(), key=lambda path: path.stat().st_mtime)
+        last = (
+            f"the last good checkpoint is {saved[-1]}" if saved else "no checkpoint was saved yet"
+        )
+        hint = hint or 'lower training.learning_rate or set training.precision = "fp32"'
+        return DivergedError(
+            f"{what} in epoch {self.progress.epoch + 1}, "
+            f"{where or f'at or before step {self.progress.global_step}'}",
+            hint=f"{hint}; {last}",
+        )
 
     def _write(self, record: Mapping[str, Any]) -> None:
         """Add a line to the metrics."""
@@ -361,6 +410,7 @@ class _Run:
     def _save(self, *names: Path) -> None:
         if self.progress.place:
             self._train_loss()  # never save a head that has gone wrong
+        self._check_numbers()
         if self.group.leads:
             state.save(self.pieces, self.progress, *names)
         self.saved_at = time.monotonic()

@@ -19,9 +19,9 @@ def _signed(value: int) -> int:
     return (value & (2**64 - 1)) - (value >> 63 & 1) * 2**64
 
 
-_GOLDEN = _signed(0x9E3779B97F4A7C15)
-_FIRST = _signed(0xBF58476D1CE4E5B9)
-_SECOND = _signed(0x94D049BB133111EB)
+GOLDEN = _signed(0x9E3779B97F4A7C15)
+FIRST = _signed(0xBF58476D1CE4E5B9)
+SECOND = _signed(0x94D049BB133111EB)
 
 
 def _shifted(z: Tensor, by: int) -> Tensor:
@@ -32,9 +32,9 @@ def _shifted(z: Tensor, by: int) -> Tensor:
 
 def bits(key: Tensor | int, counter: Tensor) -> Tensor:
     """64 random bits for each int64 `counter` under `key`, as int64; the two broadcast."""
-    z = counter * _GOLDEN + key
-    z = (z ^ _shifted(z, 30)) * _FIRST
-    z = (z ^ _shifted(z, 27)) * _SECOND
+    z = counter * GOLDEN + key
+    z = (z ^ _shifted(z, 30)) * FIRST
+    z = (z ^ _shifted(z, 27)) * SECOND
     return z ^ _shifted(z, 31)
 
 

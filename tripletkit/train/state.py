@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from tripletkit.config import Config, TrainingModel
@@ -148,7 +149,15 @@ def save(pieces: Pieces, progress: Progress, *paths: Path) -> None:
 
 
 def restore(pieces: Pieces, path: Path, state: Checkpoint) -> Progress:
-    """Take over the state of `path`; a checkpoint of another trainer gives its weights only."""
+    """Take over the state of `path`; a checkpoint of another trainer gives its weights only.
+
+    Raises DataError for one that does not fit, or is not what we write.
+    """
+    with checkpoints.understood(path):
+        return _restore(pieces, path, state)
+
+
+def _restore(pieces: Pieces, path: Path, state: Checkpoint) -> Progress:
     load_weights(pieces.learner.head, state["model_state_dict"], path)
     if "progress" not in state:
         logger.info("starting from the weights of %s, which another trainer wrote", path)
@@ -182,7 +191,9 @@ def restore(pieces: Pieces, path: Path, state: Checkpoint) -> Progress:
     pieces.bandit.load_state_dict(state["bandit"])
     pieces.step.load_state_dict(state["step"])
     pieces.learner.tally.copy_(state["tally"])
-    progress = Progress(**state["progress"])
+    progress = TypeAdapter(Progress).validate_python(state["progress"])
+    if min(progress.epoch, progress.place, progress.global_step, progress.metrics_bytes) < 0:
+        raise ValueError("a place in the run is negative")
     if changed.keys() & {"training.monitor", "training.margin", "training.loss_distance"}:
         _forget_best(progress)  # its value does not compare with those to come
     progress.early_stopped = 0 < training.early_stopping_patience <= progress.waited

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 
@@ -27,15 +27,31 @@ from tripletkit.train.bandit import Bandit, sum_per_arm
 from tripletkit.train.group import ALONE, Group
 from tripletkit.train.head import Head
 from tripletkit.train.loss import rewards, triplet_loss
-from tripletkit.train.sampler import TripletIndex, Triplets
+from tripletkit.train.replay import Replay
+from tripletkit.train.sampler import TripletIndex
+from tripletkit.train.watch import Watch
 
 # Columns of the tally.
 PULLS, REWARD, LOSS, VIOLATIONS = range(4)
 
-# Before a graph is captured, PyTorch wants a few eager steps on a side stream.
-EAGER_STEPS = 3
+# Triplets of a batch that one kernel draws at most: it is one thread block.
+AT_ONCE = 8192
 # Pieces of a gathered batch: while one travels to the GPU, the next is gathered.
 PIECES = 8
+
+Draw = Callable[[TripletIndex, Tensor, Tensor, Tensor, Bandit, int], Tensor]
+
+
+def draw_kernel(bandit: Bandit) -> Draw | None:
+    """The draw as one kernel, where there is one: on CUDA, for a bandit that chooses by its state."""
+    if bandit.pulls.device.type != "cuda" or bandit.policy != "ucb" or bandit.bands == 0:
+        return None
+    try:
+        from tripletkit.train.draw_kernel import draw
+    except Exception as error:  # noqa: BLE001 - Triton is missing, or does not fit
+        logger.info("batches are drawn by many small kernels (%s)", error)
+        return None
+    return draw
 
 
 class _AdamW(torch.optim.AdamW):
@@ -78,19 +94,18 @@ class Learner:
         )
         # Per arm: pulls, summed reward, summed loss, losses above zero; of the epoch so far.
         self.tally = torch.zeros(bandit.arms, 4, dtype=torch.float64, device=self.device)
+        self.watch: Watch | None = None  # a step's
 
-    def learn(self, x: Tensor, arm: Tensor, batch: int) -> Tensor:
+    def learn(self, x: Tensor, rows: Tensor, arm: Tensor, batch: int) -> Tensor:
         """Take one optimiser step on a batch of `batch` triplets; returns its [arms, 4] tally.
 
-        `x` [3b, D], anchors first, and `arm` [b] are the part of this process.
+        `x` [3b, D], anchors first, its `rows` [3, b] in the table and `arm` [b] are the part of this
+        process.
         """
         with autocast(x.device, self.precision):
             y = self.head(x)
-        anchor, positive, negative = y.view(3, len(arm), y.shape[1])
         loss = triplet_loss(
-            anchor,
-            positive,
-            negative,
+            y.view(3, len(arm), y.shape[1]),
             margin=self.section.margin,
             distance=self.section.loss_distance,
         )
@@ -103,8 +118,16 @@ class Learner:
         columns = torch.stack([torch.ones_like(loss), reward, loss, (loss > 0).float()], 1)
         tally = sum_per_arm(arm, columns, self.bandit.arms)
         self.group.add(tally)
+        if self.watch is not None:
+            self.watch.look(self.tally, rows, loss)
         self.tally += tally
         return tally
+
+    def is_sound(self) -> bool:
+        """Whether head and optimiser hold numbers only. Waits for the device."""
+        states = (state.values() for state in self.optimizer.state.values())
+        tensors = [*self.head.parameters(), *itertools.chain.from_iterable(states)]
+        return all(torch.stack([x.isfinite().all().to(self.device) for x in tensors]).tolist())
 
 
 class _Step:
@@ -117,6 +140,8 @@ class _Step:
         self.index = index
         self.table = table
         self.batch = min(learner.section.batch_size, len(index.anchors))
+        self.watch = Watch(-(-self.batch // self.group.size), learner.device)
+        learner.watch = self.watch
         self.place = 0  # anchors of the epoch that are done
         # The tally of the last step, with which the bandit has not been credited yet.
         self._unsettled: Tensor | None = None
@@ -160,66 +185,73 @@ class DeviceStep(_Step):
         super().__init__(learner, index, table)
         device = table.device
         # Static addresses for the graph: the batch to learn from, and where the next one begins.
-        self._rows = torch.zeros(3, self.batch, dtype=torch.int64, device=device)
-        self._arm = torch.zeros(self.batch, dtype=torch.int64, device=device)
+        self._drawn = torch.zeros(4, self.batch, dtype=torch.int64, device=device)
         self._next = torch.zeros((), dtype=torch.int64, device=device)
         self._key = torch.zeros((), dtype=torch.int64, device=device)
         self._lanes = torch.arange(self.batch, device=device)
         self._side = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._graph: torch.cuda.CUDAGraph | None = None
-        self._graph_allowed = self._side is not None
-        self._eager_steps = 0
-        self._warm_up = torch.cuda.Stream(device) if self._side is not None else None
+        self._replay = Replay(device, partial(self._step, self.batch, self.batch))
+        self._kernel = draw_kernel(self.bandit) if self.batch <= AT_ONCE else None
 
     def begin(self, seed: int, epoch: int, place: int) -> None:
         """Go to anchor number `place` of `epoch`."""
         super().begin(seed, epoch, place)
         self._key.fill_(self._draw_key)
         self._next.fill_(place)
-        self._put(self._draw(self._size(place)))
+        drawn = self._draw(self._size(place))
+        self._drawn[:, : drawn.shape[1]] = drawn
 
     def __call__(self) -> None:
         """Learn from the next batch."""
         size = self._size(self.place)
         following = self._size(self.place + size)
         self._seed_dropout()
-        if following < self.batch or not self._graph_allowed:
+        if following < self.batch:
             self._step(size, following)
-        elif self._graph is not None:
-            self._graph.replay()
-        elif self._eager_steps < EAGER_STEPS:
-            self._step_aside(size, following)
-            self._eager_steps += 1
         else:
-            self._capture()
+            self._replay()
         self.place += size
 
-    def _step(self, size: int, following: int) -> None:
+    def _step(self, size: int, following: int) -> Tensor:
         """Learn from the batch at hand, of `size`, and draw one of `following` triplets."""
         drawn = None
+        rows, arm = self._drawn[:3, :size], self._drawn[3, :size]
         with self._beside():
-            self._settle(self._arm[:size])
+            self._settle(arm)
             if following:
                 drawn = self._draw(following)
         part = self.group.share(size)
-        x = torch.index_select(self.table, 0, self._rows[:, part].flatten())
-        tally = self.learner.learn(x.to(self.learner.precision), self._arm[part], size)
-        self._meet()
+        mine = rows[:, part]
+        x = torch.index_select(self.table, 0, mine.flatten())
+        tally = self.learner.learn(x.to(self.learner.precision), mine, arm[part], size)
         if self._unsettled is None:
             self._unsettled = torch.empty_like(tally)
+        self._meet()
         self._unsettled.copy_(tally)
         if drawn is not None:
-            self._put(drawn)
+            self._drawn[:, :following] = drawn
+        return tally
 
-    def _draw(self, size: int) -> Triplets:
-        counter = self._next + self._lanes[:size]
+    def _draw(self, size: int) -> Tensor:
+        """Triplets for the anchors from `_next` on, which moves: int64 [4, size]."""
+        drawn = self._draw_at_once(size) if self._kernel and size == self.batch else None
+        if drawn is None:
+            counter = self._next + self._lanes[:size]
+            anchor = self._order[counter]
+            drawn = torch.stack(self.index.draw(anchor, counter, self._key, self.bandit))
         self._next += size
-        return self.index.draw(self._order[counter], counter, self._key, self.bandit)
+        return drawn
 
-    def _put(self, drawn: Triplets) -> None:
-        for row, column in zip(self._rows, drawn[:3], strict=True):
-            row[: len(column)] = column
-        self._arm[: len(drawn.arm)] = drawn.arm
+    def _draw_at_once(self, size: int) -> Tensor | None:
+        """By the kernel, if it can be built here: Triton wants a C compiler."""
+        assert self._kernel is not None
+        try:
+            return self._kernel(self.index, self._order, self._next, self._key, self.bandit, size)
+        except Exception as error:  # noqa: BLE001 - of any kind: there is another way
+            cause = (str(error).splitlines() or [type(error).__name__])[0]
+            logger.info("batches are drawn by many small kernels (%s)", cause)
+            self._kernel = None
+            return None
 
     @contextlib.contextmanager
     def _beside(self) -> Iterator[None]:
@@ -235,34 +267,6 @@ class DeviceStep(_Step):
         if self._side is not None:
             torch.cuda.current_stream(self.table.device).wait_stream(self._side)
 
-    def _step_aside(self, size: int, following: int) -> None:
-        """An eager step on another stream than the default one, as captures want it before them."""
-        assert self._warm_up is not None
-        current = torch.cuda.current_stream(self.table.device)
-        self._warm_up.wait_stream(current)
-        with torch.cuda.stream(self._warm_up):
-            self._step(size, following)
-        current.wait_stream(self._warm_up)
-
-    def _capture(self) -> None:
-        """Capture the step and run it; a driver that refuses leaves us with eager steps."""
-        graph = torch.cuda.CUDAGraph()
-        stream = torch.cuda.current_stream(self.table.device)
-        try:
-            # In this mode NCCL's own thread may look after its work meanwhile.
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                self._step(self.batch, self.batch)
-        except RuntimeError as error:
-            cause = str(error.__context__ or error).splitlines()[0]
-            logger.warning("no CUDA graph (%s): going on step by step", cause)
-            self._graph_allowed = False
-            torch.cuda.set_stream(stream)  # a capture that failed leaves its own behind
-            self._meet()
-            self._step(self.batch, self.batch)
-            return
-        self._graph = graph
-        graph.replay()
-
 
 class HostStep(_Step):
     """Steps through an epoch with the table on the host, where a thread draws and gathers."""
@@ -271,7 +275,9 @@ class HostStep(_Step):
         super().__init__(learner, index, table)
         most = -(-self.batch // self.group.size)
         # One to learn from while the other is filled.
-        self._buffers = itertools.cycle(_Buffer(most, table, learner.device) for _ in range(2))
+        buffers = [_Buffer(most, table, learner.device) for _ in range(2)]
+        self._buffers = itertools.cycle(buffers)
+        self._replays = {b: Replay(learner.device, partial(self._learn, b)) for b in buffers}
         self._ahead: Future[tuple[Tensor, _Buffer]] | None = None
         gpu = learner.device.type == "cuda"
         # A thread begins on GPU 0, and would leave a context there.
@@ -292,9 +298,11 @@ class HostStep(_Step):
         self._seed_dropout()
         if self._answered is None:  # learning blocks, so let the thread start first
             self._look_ahead(arm, following)
-            self._unsettled = self._learn(buffer, len(arm))
+            self._unsettled = self._learn(buffer)
         else:
-            tally = self._learn(buffer, len(arm))
+            buffer.await_copies()
+            whole = len(arm) == self.batch
+            tally = self._replays[buffer]() if whole else self._learn(buffer)
             self._look_ahead(arm, following)
             # A new one each time: the one before may still be asked for.
             self._unsettled = torch.empty(tally.shape, dtype=tally.dtype, pin_memory=True)
@@ -307,9 +315,9 @@ class HostStep(_Step):
         self._wait()
         return super().state_dict()
 
-    def _learn(self, buffer: _Buffer, batch: int) -> Tensor:
-        x, arm = buffer.take()
-        return self.learner.learn(x.to(self.learner.precision), arm, batch)
+    def _learn(self, buffer: _Buffer) -> Tensor:
+        x, rows, arm = buffer.take()
+        return self.learner.learn(x.to(self.learner.precision), rows, arm, buffer.batch)
 
     def _look_ahead(self, arm: Tensor, place: int) -> None:
         """Settle the last step and have the batch at `place` drawn; `arm` is in flight."""
@@ -333,6 +341,7 @@ class HostStep(_Step):
         drawn = self.index.draw(self._order[counter], counter, self._draw_key, self.bandit)
         part = self.group.share(len(counter))
         rows = torch.cat([column[part] for column in drawn[:3]])
+        buffer.batch = len(counter)
         buffer.fill(self.table, rows, drawn.arm[part])
         return drawn.arm, buffer
 
@@ -343,30 +352,38 @@ class _Buffer:
     def __init__(self, triplets: int, table: Tensor, device: torch.device) -> None:
         gpu = device.type == "cuda"
         self.x = torch.empty(3 * triplets, table.shape[1], dtype=table.dtype, pin_memory=gpu)
-        self.arm = torch.empty(triplets, dtype=torch.int64, pin_memory=gpu)
-        self.there = self.x.to(device), self.arm.to(device)  # on a CPU the same memory
+        # What each row of x is, and the arm of each triplet.
+        self.numbers = torch.empty(4 * triplets, dtype=torch.int64, pin_memory=gpu)
+        self.there = self.x.to(device), self.numbers.to(device)  # on a CPU the same memory
         self.stream = torch.cuda.Stream(device) if gpu else None
         if self.stream is not None:
             for tensor in self.there:  # a copy may be under way when nobody wants it any more
                 tensor.record_stream(self.stream)
         self.rows = 0
+        self.batch = 0  # triplets of the whole batch, of which this is a part
 
     def fill(self, table: Tensor, rows: Tensor, arm: Tensor) -> None:
         """Gather `rows` [3b] of the table and keep their `arm` [b]."""
         self.rows = len(rows)
-        self.arm[: len(arm)] = arm
-        self._send(self.there[1][: len(arm)], self.arm[: len(arm)])
+        numbers = self.numbers[: len(rows) + len(arm)]
+        torch.cat([rows, arm], out=numbers)
+        self._send(self.there[1][: len(numbers)], numbers)
         x, there = self.x[: len(rows)], self.there[0][: len(rows)]
         piece = max(1, -(-len(rows) // (PIECES if self.stream else 1)))
         for wanted, here, away in zip(*(t.split(piece) for t in (rows, x, there)), strict=True):
             torch.index_select(table, 0, wanted, out=here)
             self._send(away, here)
 
-    def take(self) -> tuple[Tensor, Tensor]:
-        """The batch on the device: [3b, D] and [b]."""
+    def await_copies(self) -> None:
+        """Have the device's work wait for what was sent."""
         if self.stream is not None:
             torch.cuda.current_stream().wait_stream(self.stream)
-        return self.there[0][: self.rows], self.there[1][: self.rows // 3]
+
+    def take(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The batch on the device, once it is there: [3b, D], its row numbers [3, b], its arms [b]."""
+        x, numbers = self.there
+        rows, arm = numbers[: self.rows // 3 * 4].split([self.rows, self.rows // 3])
+        return x[: self.rows], rows.view(3, -1), arm
 
     def _send(self, away: Tensor, here: Tensor) -> None:
         if self.stream is not None:

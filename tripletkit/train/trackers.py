@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from tripletkit import fsio
+from tripletkit import fsio, provenance
 from tripletkit.config import Logging
-from tripletkit.errors import ConfigError, RunError
+from tripletkit.errors import ConfigError, DataError, RunError
 from tripletkit.log import logger
 from tripletkit.paths import RunPaths
 
@@ -31,17 +32,48 @@ class MetricsFile:
         self._file.truncate(min(size, found))
 
     def append(self, record: Mapping[str, Any]) -> int:
-        """Write one record and sync it; returns the size of the file."""
-        self._file.write(json.dumps(record).encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        """Write one record and sync it; returns the size of the file. Raises RunError."""
+        try:
+            self._file.write(json.dumps(record).encode() + b"\n")
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        except OSError as error:
+            raise RunError(
+                f"{self._file.name}: cannot be written: {error.strerror or error}",
+                hint="make room; the same command goes on from the newest checkpoint",
+            ) from None
         return self._file.tell()
 
     def __enter__(self) -> MetricsFile:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # all that counts is synced
+            self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of a metrics.jsonl; none where there is no file.
+
+    A last line that is being written, or that a kill has torn, is left out: the run writes it
+    again. Raises DataError if another one is not a record.
+    """
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return []
+    records: list[dict[str, Any]] = []
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            if number < len(lines):
+                raise DataError(f"{path}, line {number}: not JSON") from None
+            break
+        if not (isinstance(record, dict) and isinstance(record.get("epoch"), int)):
+            raise DataError(f"{path}, line {number}: not a record of metrics")
+        records.append(record)
+    return records
 
 
 @contextlib.contextmanager
@@ -130,6 +162,8 @@ def _wandb(section: Logging, paths: RunPaths, config: Mapping[str, Any]) -> _Exp
             hint="pip install 'tripletkit[wandb]'",
         ) from None
     entity, _, project = section.wandb_project.rpartition("/")
+    words = sys.argv
+    sys.argv = provenance.without_secrets(words)  # the client sends what it finds there
     try:
         run = wandb.init(
             entity=entity or None,
@@ -147,6 +181,8 @@ def _wandb(section: Logging, paths: RunPaths, config: Mapping[str, Any]) -> _Exp
             hint="`wandb login` if it is the key; --set logging.wandb_mode=offline writes to disk "
             "for a later `wandb sync`; --set logging.wandb_enabled=false does without",
         ) from error
+    finally:
+        sys.argv = words
     return _Expendable(
         "W&B",
         lambda epoch, metrics: run.log({"epoch": epoch, **metrics}),

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from tripletkit import fsio
 from tripletkit.log import logger
+
+# What other processes and versions wrote is used only if it is of these types.
+NUMBERS = ("from_step", "restart", "attempt", "gpus", "share", "seen", "saved", "slot")
+TEXTS = ("host", "outcome", "cause", "message")
+
+# What a damaged line makes a reader of it raise.
+UNREADABLE = (ValueError, LookupError, TypeError, RecursionError)
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -21,10 +29,34 @@ def read(path: Path) -> list[dict[str, Any]]:
         return found
     for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
         try:
-            found.append(json.loads(line))
-        except json.JSONDecodeError:
-            logger.warning("%s, line %d is no JSON: left out", path, number)
+            found.append(_checked(json.loads(line)))
+        except UNREADABLE:
+            logger.warning("%s, line %d is no record of an attempt: left out", path, number)
     return found
+
+
+def _checked(attempt: Any) -> dict[str, Any]:
+    """The attempt, if the readers of it find what they need; raises what Python does if not."""
+    over = "outcome" in attempt or "ended" in attempt
+    for key in ("started", "ended") if over else ("started",):
+        datetime.fromisoformat(attempt[key])
+    if not isinstance(attempt["job"], str):
+        raise TypeError
+    numbers = [attempt["from_epoch"], *(attempt.get(key, 0) for key in NUMBERS)]
+    if not all(isinstance(each, int | float) and abs(each) < 2**63 for each in numbers):
+        raise TypeError
+    texts = [attempt.get(key) or "" for key in TEXTS]
+    if not isinstance(attempt, dict) or not all(isinstance(each, str) for each in texts):
+        raise TypeError
+    return attempt
+
+
+def _is_record(line: str) -> bool:
+    try:
+        _checked(json.loads(line))
+    except UNREADABLE:
+        return False
+    return True
 
 
 def begin(
@@ -53,6 +85,10 @@ def end(
     at: float | None = None,
 ) -> None:
     """Note how the newest attempt ended, now or `at` these Unix seconds."""
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    if not lines or not _is_record(lines[-1]):
+        logger.warning("%s: the newest record is damaged: how its attempt ended is not noted", path)
+        return
     *before, last = read(path)
     last |= {"ended": fsio.timestamp(at), "outcome": outcome}
     if cause:

@@ -17,6 +17,7 @@ from tripletkit.config import Config
 from tripletkit.paths import StudyPaths
 from tripletkit.tune import attempts as records
 from tripletkit.tune import claims, cost
+from tripletkit.tune.claims import JobStates
 from tripletkit.tune.cost import GPU_HOURS, HOUR, WORKER_HOURS
 from tripletkit.tune.storage import SharedStudy
 
@@ -109,8 +110,27 @@ class Budget:
         return hours
 
 
+def asked_anew(
+    config: Config,
+    paths: StudyPaths,
+    trials: Sequence[FrozenTrial],
+    job_states: JobStates,
+    *,
+    slurm: bool,
+) -> Reached | None:
+    """The budget that lets none of the study's trials start now."""
+    purse = Budget(config, paths, slurm=slurm)
+    waiting = [trial for trial in trials if trial.state == TrialState.WAITING]
+    running = {trial.number for trial in trials if trial.state == TrialState.RUNNING}
+    idle = running - claims.at_work(trials, job_states)
+    some_left = bool(waiting or idle) or len(trials) < config.tuning.total
+    if not some_left or purse.allows(trials, idle, waiting[0] if waiting else None):
+        return None
+    return purse.refused
+
+
 def of_study(shared: SharedStudy) -> Reached | None:
-    """The budget that keeps the study's trials from starting."""
+    """The budget that keeps the study's trials from starting, as its workers last saw it."""
     found: dict[str, Any] | None = shared.study.user_attrs.get(REACHED)
     return Reached(**found) if found else None
 

@@ -7,6 +7,8 @@ import hashlib
 import ipaddress
 import os
 import random
+import re
+import shlex
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
@@ -89,9 +91,21 @@ def _address(tuning: Tuning) -> dict[str, Any]:
         return dict(psycopg2.extensions.parse_dsn(url))
     except psycopg2.ProgrammingError as error:
         raise ConfigError(
-            f"tuning.storage_url = {redacted(url)}: {' '.join(str(error).split())}",
+            f"tuning.storage_url = {_without_values(redacted(url))}: {_unquoted(error)}",
             hint="write it as postgresql://USER@HOST:PORT/DATABASE",
         ) from None
+
+
+def _without_values(url: str) -> str:
+    address, found, options = url.partition("?")
+    pairs = (option.partition("=") for option in options.split("&"))
+    shown = [key + "=***" if equals else "***" for key, equals, _ in pairs]
+    return address + found + "&".join(shown) if found else address
+
+
+def _unquoted(error: Exception) -> str:
+    """libpq's words without the parts of the address that it quotes: a secret may be misspelt."""
+    return re.sub(r'"[^"]*"?', '"..."', " ".join(str(error).split()))
 
 
 class Server:
@@ -126,7 +140,7 @@ class Server:
             return
         where, hint = self._retry.where, f"set the server's max_connections to {used + 10} or more"
         if self._tuning.storage_url is None:
-            folder = self._tuning.storage_path
+            folder = shlex.quote(str(self._tuning.storage_path))
             hint = (
                 f"`tripletkit db down {folder}`, then `tripletkit db up {folder} --workers "
                 f"{workers * slots}` with your other flags"

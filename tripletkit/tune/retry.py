@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import random
@@ -17,7 +18,7 @@ from optuna.storages import BaseStorage
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy import exc
 
-from tripletkit.errors import StorageAway, StorageError
+from tripletkit.errors import NoStudyError, StorageAway, StorageError
 from tripletkit.log import logger
 
 PATIENCE = 600.0  # seconds of trying before a call gives up
@@ -51,6 +52,7 @@ _ERRORS = (
     json.JSONDecodeError,
 )
 
+_NO_TABLES = r"no such table|relation .* does not exist"
 # What waiting does not mend, when we come for the first time. Later it is an outage like others:
 # while our server moves to another node, another user's may answer on its port.
 _HINTS = {
@@ -58,7 +60,8 @@ _HINTS = {
     "environment variable PGPASSFILE names, mode 0600, as a line host:port:database:user:password",
     r'(role|database) "[^"]*" does not exist|no pg_hba\.conf entry': "name a database and a user "
     "that may use it: --storage-url postgresql://USER@HOST:PORT/DATABASE",
-    r"no such table|relation .* does not exist": "`tripletkit tune` creates it",
+    r"Permission denied|Read-only file system": "name a place of yours with --storage-path",
+    _NO_TABLES: "`tripletkit tune` creates it",
 }
 _REFUSED = re.compile("|".join(_HINTS))
 _NOT_OURS = (FileNotFoundError, NotADirectoryError, IsADirectoryError, PermissionError)
@@ -134,6 +137,8 @@ class Retry:
         for pattern, remedy in _HINTS.items():
             if re.search(pattern, why):
                 hint = remedy
+        if kind is StorageError and re.search(_NO_TABLES, why):
+            kind = NoStudyError
         return kind(f"{self.where} {what}: {why}", hint=hint)
 
 
@@ -147,8 +152,10 @@ def reason(error: BaseException) -> str:
 
 def redacted(text: str) -> str:
     """`text` without the passwords of URLs and connection strings in it."""
-    text = re.sub(r"(://[^:/?#\s]*):[^@\s]*@", r"\1:***@", text)
-    return re.sub(r"\b(\w*password)=('[^']*'|[^\s&'\"]+)", r"\1=***", text)
+    # The password may itself hold an @, and the user's name a slash.
+    text = re.sub(r"(://[^:?#\s]*):\S*@", r"\1:***@", text)
+    value = r"('(?:\\.|[^'\\])*('|$)|[^\s&]+)"
+    return re.sub(r"\b(\w*password)\s*=\s*" + value, r"\1=***", text, flags=re.IGNORECASE)
 
 
 def _cause(error: BaseException) -> BaseException:
@@ -159,7 +166,9 @@ def _cause(error: BaseException) -> BaseException:
 def _is_outage(error: Exception, worked: bool) -> bool:
     cause = _cause(error)
     if not worked:
-        if isinstance(cause, _NOT_OURS) or _REFUSED.search(str(cause)):
+        if isinstance(cause, _NOT_OURS) or getattr(cause, "errno", None) == errno.EROFS:
+            return False
+        if _REFUSED.search(str(cause)):
             return False
         if _RACE.search(str(cause)):
             return True

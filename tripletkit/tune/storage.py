@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import re
 import socket
 import sqlite3
@@ -22,17 +23,19 @@ import optuna
 from optuna.exceptions import ExperimentalWarning
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage, get_storage
 from sqlalchemy import event
+from sqlalchemy.pool import NullPool
 
 from tripletkit import fsio
 from tripletkit.config import Tuning
-from tripletkit.errors import ConfigError, StorageError
+from tripletkit.errors import ConfigError, NoStudyError, StorageError
 from tripletkit.log import logger
 from tripletkit.tune import journal
 from tripletkit.tune.postgresql import Server
 from tripletkit.tune.retry import Retry, RetryingStorage, TurnLost, redacted
+from tripletkit.tune.sampler import Numbered
 
 __all__ = ["WAYS_OUT", "Kind", "SharedStudy", "TurnLost", "create", "direction", "filesystem", "kind_of",
-           "location", "open_study", "reseed"]  # fmt: skip
+           "location", "open_study"]  # fmt: skip
 
 Kind = Literal["sqlite", "journal", "postgresql"]
 HOST = "tripletkit:host"
@@ -98,16 +101,16 @@ def open_study(
     should_stop: Callable[[], bool] = bool,
     read_only: bool = False,
 ) -> SharedStudy:
-    """Open the study that `create` made. Workers need different seeds, or they propose the same.
+    """Open the study that `create` made. With one `seed` workers propose different parameters.
 
     `workers` is how many share the server's connections. `patience`: seconds to wait for a storage
     that is away, here and in every call (10 minutes); once `should_stop`, only a few. `read_only`: the
     database refuses what would change it, and nobody who writes waits for us; a journal file has no
-    such mode. Raises StorageError, ConfigError as `create`.
+    such mode. Raises NoStudyError, StorageError, ConfigError as `create`.
     """
     retry = Retry(location(tuning), patience, should_stop)
     backend = _backend(tuning, retry, workers, read_only=read_only)
-    absent = StorageError(
+    absent = NoStudyError(
         f"there is no study {tuning.study_name!r} in {retry.where}",
         hint="`tripletkit tune` creates it; see also --study-name and --storage-path",
     )
@@ -126,11 +129,6 @@ def open_study(
     except KeyError:
         raise absent from None
     return _checked(study, tuning, backend)
-
-
-def reseed(shared: SharedStudy, tuning: Tuning, seed: int) -> None:
-    """Propose by another seed: one that depends on what the study holds."""
-    shared.study.sampler = _sampler(tuning, seed)
 
 
 def kind_of(tuning: Tuning) -> Kind:
@@ -189,10 +187,14 @@ def _checked(study: optuna.Study, tuning: Tuning, backend: _Backend) -> SharedSt
 
 def _sampler(tuning: Tuning, seed: int) -> optuna.samplers.BaseSampler:
     if tuning.sampler == "random":
-        return optuna.samplers.RandomSampler(seed=seed)
-    with warnings.catch_warnings():  # both were experimental before Optuna 5
-        warnings.simplefilter("ignore", ExperimentalWarning)
-        return optuna.samplers.TPESampler(multivariate=True, constant_liar=True, seed=seed)
+        return Numbered(optuna.samplers.RandomSampler, seed)
+
+    def tpe(seed: int) -> optuna.samplers.BaseSampler:
+        with warnings.catch_warnings():  # both were experimental before Optuna 5
+            warnings.simplefilter("ignore", ExperimentalWarning)
+            return optuna.samplers.TPESampler(multivariate=True, constant_liar=True, seed=seed)
+
+    return Numbered(tpe, seed)
 
 
 def _pruner(tuning: Tuning) -> optuna.pruners.BasePruner:
@@ -255,11 +257,13 @@ def _open_sqlite(path: Path, make: bool, read_only: bool) -> RDBStorage:
     Without BEGIN IMMEDIATE two workers get the same waiting trial: a transaction that begins with
     a read does not lock, and SQLite ignores FOR UPDATE. Who only reads locks nobody out.
     """
+    watched = read_only and not os.access(path.absolute().parent, os.W_OK, effective_ids=True)
 
     def connect() -> sqlite3.Connection:
         connection = sqlite3.connect(
-            path, timeout=120, isolation_level=None, check_same_thread=False
-        )
+            _address_to_watch(path) if watched else path,
+            uri=watched, timeout=120, isolation_level=None, check_same_thread=False,
+        )  # fmt: skip
         if read_only:
             connection.execute("PRAGMA query_only=ON")
         else:
@@ -268,7 +272,18 @@ def _open_sqlite(path: Path, make: bool, read_only: bool) -> RDBStorage:
         return connection
 
     begin = "BEGIN" if read_only else "BEGIN IMMEDIATE"
-    return _rdb_storage("sqlite:///study", make, begin, creator=connect)
+    engine = {"creator": connect, **({"poolclass": NullPool} if watched else {})}
+    return _rdb_storage("sqlite:///study", make, begin, **engine)
+
+
+def _address_to_watch(path: Path) -> str:
+    """A database in a folder that is not ours to write in, where SQLite can make no files beside it.
+
+    While others have it open those are there. Without them nobody has, and it is whole by itself;
+    that may change, so each connection asks anew.
+    """
+    alone = not path.with_name(path.name + "-wal").exists()
+    return f"{path.absolute().as_uri()}?mode=ro" + ("&immutable=1" if alone else "")
 
 
 def _rdb_storage(url: str, make: bool, begin: str, **engine: Any) -> RDBStorage:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import shlex
 import socket
 from collections.abc import Collection
 from pathlib import Path
@@ -34,6 +35,7 @@ def prepare(config: Config, paths: StudyPaths) -> SharedStudy:
     workers do not fit the storage.
     """
     _check_objective(config)
+    fsio.check_writable(paths.root, "set tuning.output_dir (--output-dir) to a folder of yours")
     _check_room(config)
     shared = storage.create(config.tuning)
     with shared.turn():
@@ -54,8 +56,9 @@ def prepare(config: Config, paths: StudyPaths) -> SharedStudy:
             )  # fmt: skip
         shared.study.set_user_attr(TOTAL, config.tuning.total)
         budget.note(shared, None)  # it may be another one now: the workers ask anew
-    effective = configuration.with_values(config, tuning={"n_trials": config.tuning.total})
-    fsio.write_text(paths.config, configuration.dump(effective))
+        # In the turn, so that of two who prepare at once the file and the attributes are one's.
+        effective = configuration.with_values(config, tuning={"n_trials": config.tuning.total})
+        fsio.write_text(paths.config, configuration.dump(effective))
     return shared
 
 
@@ -75,7 +78,7 @@ def check_reach(tuning: Tuning, hosts: Collection[str]) -> None:
         what = "is a PostgreSQL"
         hint = f"name the server's host in --storage-url as the nodes know it; {storage.WAYS_OUT}"
         if tuning.storage_url is None:
-            folder = tuning.storage_path
+            folder = shlex.quote(str(tuning.storage_path))
             hint = (
                 f"`tripletkit db down {folder}`, then `tripletkit db up {folder} --cluster slurm`"
             )
@@ -102,6 +105,11 @@ def _check_objective(config: Config) -> None:
         raise ConfigError(
             "paths.val_parquet_path is not set: trials are judged on validation data",
             hint="`tripletkit data split` makes some from the training file",
+        )
+    if config.tuning.objective == "val_loss" and "margin" in config.tuning.space:
+        logger.warning(
+            "tuning.objective is val_loss and margin is tuned: a small margin makes a small loss, "
+            "whatever the head finds; map@r and recall@K do not depend on it"
         )
 
 
@@ -150,8 +158,8 @@ def _check_changes(shared: SharedStudy, config: Config, paths: StudyPaths) -> No
         raise ConfigError(
             f"study {shared.study.study_name!r} has unfinished trials ({unfinished}), which "
             f"would not go on as they began: {told}",
-            hint=f"finish them first (`tripletkit tune --config {paths.config}`), or choose "
-            "another --study-name",
+            hint=f"finish them first (`tripletkit tune --config {shlex.quote(str(paths.config))}`), or "
+            "choose another --study-name",
         )
     logger.warning("study %s mixes trials that may not compare: %s", shared.study.study_name, told)
 

@@ -11,20 +11,24 @@ from typing import Any, Literal, NamedTuple
 import optuna
 import torch
 
+from tripletkit import config as configuration
 from tripletkit import fsio, log
 from tripletkit.cluster.jobs import LOCAL
 from tripletkit.config import Config
 from tripletkit.errors import (
     ConfigError,
+    DataError,
     DivergedError,
     RunError,
     StorageAway,
     TripletkitError,
+    is_out_of_memory,
 )
 from tripletkit.log import logger
 from tripletkit.paths import StudyPaths, TrialPaths
 from tripletkit.train import checkpoint, loop
 from tripletkit.train.loop import Data
+from tripletkit.train.trackers import read_metrics
 from tripletkit.tune import attempts, budget, claims, cost, space
 from tripletkit.tune.claims import Claim, JobStates, Worker
 from tripletkit.tune.storage import SharedStudy
@@ -64,11 +68,15 @@ class Ended(NamedTuple):
 
 @dataclass
 class Summary:
-    """What a worker did; `open` says whether there is work left that it could do."""
+    """What a worker did; `open` says whether there is work left that it could do.
+
+    `outdated`: why it did no more of it, when the study was prepared otherwise meanwhile.
+    """
 
     ended: list[str] = field(default_factory=list)
     progress: bool = False
     open: bool = False
+    outdated: str = ""
 
 
 def run(
@@ -86,10 +94,14 @@ def run(
     should_stop, seconds_left = surroundings.should_stop, surroundings.seconds_left
     summary, failures, needed = Summary(), 0, FIRST_EPOCH_SECONDS
     slurm, name = not worker.job.startswith(LOCAL), config.tuning.study_name
+    outdated = ""
     purse, held = budget.Budget(config, paths, slurm=slurm), cost.share(config, slurm=slurm)
 
     def may_start(*asked: Any) -> bool:
         """In our turn at the study, so that the newest answer is what it keeps."""
+        nonlocal outdated
+        if outdated := _prepared_otherwise(config, paths):
+            return False
         allowed = purse.allows(*asked)
         budget.note(shared, purse.refused)
         return allowed
@@ -102,11 +114,10 @@ def run(
         if purse.limit:  # files may be many and slow: before it is our turn
             purse.measure(shared.study.get_trials(deepcopy=False))
         claim = claims.claim(shared, worker, total, job_states, may_start)
-        if claim is None and purse.refused:
-            logger.info("study %s: %s", name, purse.refused)
-            return summary
         if claim is None:
-            logger.info("nothing left to do in study %s", name)
+            _say_why(name, outdated or purse.refused)
+            summary.outdated = outdated
+            summary.open = bool(outdated)  # in its next start a job reads the new configuration
             return summary
         proven = not {"complete", "pruned"}.isdisjoint(summary.ended)
         trial = _Trial(claim, config, paths.trial(claim.trial.number), held=held, proven=proven)
@@ -127,12 +138,33 @@ def run(
     return summary
 
 
+def _say_why(name: str, refused: object) -> None:
+    if refused:
+        logger.info("study %s: %s", name, refused)
+    else:
+        logger.info("nothing left to do in study %s", name)
+
+
+def _prepared_otherwise(config: Config, paths: StudyPaths) -> str:
+    """That the study's folder has other values by now of what trials depend on; "" if it has not."""
+    if not paths.config.exists():
+        return ""
+    now = configuration.load(paths.config, environ={})
+    changed = space.differences(config, now)
+    if all(isinstance(each, dict) for pair in changed.values() for each in pair):
+        return ""  # ranges alone: a trial that goes on keeps its values
+    return (
+        "prepared with another configuration since this worker began, which takes no more trials; "
+        f"changed: {', '.join(changed)}"
+    )
+
+
 def _cause(error: Exception) -> tuple[str, str] | None:
     """What about the trial itself made it fail; None if it was something else."""
     if isinstance(error, torch.OutOfMemoryError):
         return "cuda_oom", str(error).splitlines()[0]
-    if isinstance(error, MemoryError):
-        return "host_oom", f"out of memory: {error}"
+    if is_out_of_memory(error):
+        return "host_oom", f"out of memory: {str(error).splitlines()[0] if str(error) else ''}"
     if isinstance(error, DivergedError):
         return "nan", error.message
     if isinstance(error, _BadParametersError):
@@ -214,6 +246,7 @@ class _Trial:
         except ConfigError as error:
             raise _BadParametersError(error.message, hint=error.hint) from error
         data = load_data(config)
+        self._drop_torn_checkpoints()
         self.began = time.monotonic()
         try:
             result = loop.train(
@@ -264,20 +297,30 @@ class _Trial:
 
     def _report_what_is_on_file(self) -> None:
         """Report epochs that an earlier attempt finished but did not get to report."""
-        if not self.paths.metrics.exists():
+        try:
+            records = read_metrics(self.paths.metrics)
+        except DataError as error:  # the checkpoints are what training goes on from
+            logger.warning("%s: its epochs are not reported again", error.message)
             return
-        for line in self.paths.metrics.read_text().splitlines():
-            try:
-                record: dict[str, Any] = json.loads(line)
-            except json.JSONDecodeError:
-                break  # killed while writing: the epoch will come again
+        for record in records:
             if self.objective in record and record["epoch"] not in self._reported():
                 self.trial.report(record[self.objective], record["epoch"])
 
     def _step_on_file(self) -> int:
         """The step of the newest checkpoint."""
-        found = checkpoint.newest(self.paths.saved())
+        try:
+            found = checkpoint.newest(self.paths.saved())
+        except DataError:
+            return 0  # training says what is wrong with them
         return found[1].get("global_step", 0) if found else 0
+
+    def _drop_torn_checkpoints(self) -> None:
+        """If none is whole, start over: it gives the same. Else every worker would die of the trial."""
+        saved = self.paths.saved()
+        if saved and all(checkpoint.is_torn(path) for path in saved):
+            logger.warning("trial %d: no checkpoint is whole: starting it over", self.trial.number)
+            for path in saved:
+                path.unlink()
 
     def _reported(self) -> Mapping[int, float]:
         return self.trial._cached_frozen_trial.intermediate_values
@@ -286,7 +329,8 @@ class _Trial:
         if not self.claim.holds():
             return self._taken_over()
         self.claim.shared.study.tell(self.trial, how.get("value"), state=how.get("state"))
-        attempts.end(self.paths.attempts, outcome)
+        self._note(outcome)
+        self._clear_away()
         value = f", {self.objective} {how['value']:.4f}" if "value" in how else ""
         logger.info("trial %d: %s%s", self.trial.number, outcome, value)
         return Ended(outcome)
@@ -298,8 +342,19 @@ class _Trial:
         self.claim.fail(kind, message)
         if self.paths.attempts.exists():
             at = None if self.attempting else self.signs.get("seen")  # it was killed before we came
-            attempts.end(self.paths.attempts, "failed", cause=kind, message=message, at=at)
+            self._note("failed", cause=kind, message=message, at=at)
+        self._clear_away()
         return Ended("failed")
+
+    def _clear_away(self) -> None:
+        """Of a trial that is over, and so never goes on, delete the checkpoints nobody asked for."""
+        if self.config.tuning.keep_checkpoints == "best":
+            for path in self.paths.saved():
+                if path != self.paths.best:
+                    try:
+                        path.unlink(missing_ok=True)
+                    except OSError as error:  # the trial is well
+                        logger.warning("%s stays: %s", path, error.strerror or error)
 
     def _taken_over(self) -> Ended:
         logger.warning("trial %d was taken over by another worker", self.trial.number)
@@ -321,4 +376,13 @@ class _Trial:
 
     def _note_end(self, why: str) -> None:
         if self.attempting:
-            attempts.end(self.paths.attempts, "stopped", cause="stopped", message=why)
+            self._note("stopped", cause="stopped", message=why)
+
+    def _note(self, outcome: str, **how: Any) -> None:
+        """In attempts.jsonl. It is the study that counts: a full disk must not keep it from knowing."""
+        try:
+            attempts.end(self.paths.attempts, outcome, **how)
+        except OSError as error:
+            logger.warning(
+                "%s: cannot note that the attempt ended: %s", self.paths.attempts, error.strerror
+            )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import json
+import shlex
 import socket
 import time
 from contextlib import closing
@@ -77,24 +78,33 @@ def connection(folder: Path) -> Connection:
     Raises StorageError if it is down, and ConfigError if it is not for this host: no waiting mends
     that.
     """
+    path = DatabasePaths(folder).connection
     try:
-        found = json.loads(DatabasePaths(folder).connection.read_text())
+        content = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         raise StorageError(
-            f"no PostgreSQL runs in {folder}", hint=f"`tripletkit db up {folder}` starts one"
+            f"no PostgreSQL runs in {folder}",
+            hint=f"`tripletkit db up {shlex.quote(str(folder))}` starts one",
         ) from None
     except PermissionError:
         raise StorageError(
             f"the PostgreSQL in {folder} is another user's",
             hint="`tripletkit db up` starts your own",
         ) from None
-    node = found.pop("node")
-    if ipaddress.ip_address(found["host"]).is_loopback and node != socket.gethostname():
+    try:
+        found = json.loads(content)
+        node = found.pop("node")
+        loopback = ipaddress.ip_address(found["host"]).is_loopback
+        known = Connection(**found)
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+        raise lease.damaged(path) from None
+    if loopback and node != socket.gethostname():
+        word = shlex.quote(str(folder))
         raise ConfigError(
             f"the PostgreSQL in {folder} serves only processes on {node}",
-            hint=f"`tripletkit db down {folder}`, then `tripletkit db up {folder} --cluster slurm`",
+            hint=f"`tripletkit db down {word}`, then `tripletkit db up {word} --cluster slurm`",
         )
-    return Connection(**found)
+    return known
 
 
 def wait_until_up(
@@ -131,7 +141,8 @@ def wait_until_up(
         if time.monotonic() > deadline:
             raise StorageError(
                 "; ".join(filter(None, [why, job_state])),
-                hint=f"`tripletkit db status {folder}` and the job's log tell more; the job goes on",
+                hint=f"`tripletkit db status {shlex.quote(str(folder))}` and the job's log tell more; "
+                "the job goes on",
             )
         time.sleep(POLL)
 

@@ -13,6 +13,7 @@ import dataclasses
 import json
 import os
 import secrets
+import shlex
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -157,11 +158,20 @@ def hold(path: Path, job: str, tick: Callable[[], None]) -> Iterator[Hold]:
 
 
 def read(path: Path) -> Holder | None:
-    """The record, or None where there is none."""
+    """The record, or None where there is none. Raises StorageError for a damaged one."""
     try:
-        return Holder(**json.loads(path.read_text()))
+        content = path.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         return None
+    try:
+        return Holder(**json.loads(content))
+    except (ValueError, TypeError, RecursionError):
+        raise damaged(path) from None
+
+
+def damaged(path: Path) -> StorageError:
+    """For a file of ours that holds something else."""
+    return StorageError(f"{path} is damaged", hint="delete it if no PostgreSQL runs in its folder")
 
 
 def new_holder(job: str) -> Holder:
@@ -203,8 +213,8 @@ def _settle(lease: Lease, tick: Callable[[], None]) -> None:
 
 
 def _taken(path: Path, holder: Holder | None) -> StorageError:
-    folder = path.parent
+    word = shlex.quote(str(path.parent))
     return StorageError(
-        f"{holder or 'another process'} serves {folder} already",
-        hint=f"`tripletkit db status {folder}` looks at it, `tripletkit db down {folder}` ends it",
+        f"{holder or 'another process'} serves {path.parent} already",
+        hint=f"`tripletkit db status {word}` looks at it, `tripletkit db down {word}` ends it",
     )

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from tripletkit import repository
 from tripletkit.errors import StorageError
 from tripletkit.tune.database.lease import PAUSE
 
@@ -23,6 +24,7 @@ PLACES = ("/usr/lib/postgresql/*/bin", "/usr/pgsql-*/bin")  # Debian; Red Hat
 
 Tick = Callable[[], None]  # called while we wait; raises to give up
 
+_SECRET = re.compile(repository.SECRETS, re.IGNORECASE)
 _LIBC = ctypes.CDLL(None)
 PR_SET_PDEATHSIG = 1  # prctl(2)
 
@@ -48,8 +50,13 @@ class Programs(NamedTuple):
         if as_owner and self.owner:
             account = pwd.getpwnam(self.owner)
             popen |= {"user": account.pw_uid, "group": account.pw_gid, "extra_groups": []}
-        # The user's PG* variables are about other servers.
-        kept = {k: v for k, v in os.environ.items() if not k.startswith("PG")}
+        # The user's PG* variables are about other servers; and it may run as another user, whose
+        # other processes can read what is in its environment.
+        kept = {
+            key: value
+            for key, value in os.environ.items()
+            if not (key.startswith("PG") or _SECRET.search(key))
+        }
         return subprocess.Popen(  # noqa: S603 - a list of words, no shell
             [str(self.folder / name), *arguments],
             env=kept | {"LC_ALL": "C"} | popen.pop("variables", {}),
