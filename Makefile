@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 READY := $(VENV)/.ready
 # Processes that run the tests: more than cores, since most of the time they wait for Slurm.
-JOBS ?= 3
+JOBS ?= 4
 
 .PHONY: help demo test test-oldest wheel lint bench chaos ablation reference docs clean
 

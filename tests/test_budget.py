@@ -216,7 +216,7 @@ def test_lines_that_cannot_be_read_cost_nothing_and_keep_nobody_from_working(tmp
     purse = made.purse()
     assert [made.claim(job, purse=purse) for job in "34"] == [2, 3]
     warnings = {r.message for r in caplog.records if r.levelname == "WARNING"}
-    assert warnings == {f"{file}, line 1 is no JSON: left out"}
+    assert warnings == {f"{file}, line 1 is no record of an attempt: left out"}
 
 
 def test_without_gpus_the_budget_is_in_hours_of_workers(tmp_path):

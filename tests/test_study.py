@@ -1,13 +1,12 @@
 """A study that is prepared again: what may change, where its trials are, how it is seeded."""
 
-import os
 from pathlib import Path
 
 import pytest
 
 from tests.test_tune_worker import config, files, me, prepare, trials_of  # noqa: F401 - fixtures
 from tripletkit import config as configuration
-from tripletkit import slots, stages
+from tripletkit import stages
 from tripletkit.config import Config, FloatRange
 from tripletkit.errors import ConfigError
 from tripletkit.paths import StudyPaths
@@ -190,23 +189,3 @@ def test_a_continued_study_proposes_new_parameters_and_the_same_each_time(config
         config, tuning={"storage_path": tmp_path / "again.db", "output_dir": tmp_path / "again"}
     )
     assert parameters(again, 1, 2) == found
-
-
-def test_workers_of_all_arrays_starts_and_slots_have_different_seeds(config, monkeypatch):  # noqa: F811
-    seeds = [
-        slots._seed(config, job, slot, begun)
-        for job in ("100_0", "100_1", "101_0", "102", "local-1")
-        for slot in range(3)
-        for begun in (0, 3)
-    ]
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    seeds.append(slots._seed(config, "100_0", 0, 0))
-    assert len(set(seeds)) == len(seeds)
-
-
-def test_only_a_worker_in_the_foreground_is_reproducible(monkeypatch):
-    job = f"local-{os.getpid()}"
-    assert slots._name(job) == "0"
-    assert slots._name("100_0") == "100_0"
-    monkeypatch.setenv("SUBMITIT_LOCAL_JOB_ID", str(os.getpid()))
-    assert slots._name(job) == job

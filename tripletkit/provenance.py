@@ -14,6 +14,7 @@ import re
 import socket
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -62,10 +63,37 @@ def read(run_folder: Path) -> dict[str, Any] | None:
     except (OSError, ValueError, RecursionError) as error:
         logger.warning("%s cannot be read: %s", path, error)
         return None
-    if not isinstance(found, dict) or not isinstance(found.get("starts"), list):
+    if not _is_ours(found):
         logger.warning("%s is not a provenance of ours", path)
         return None
-    return found
+    ours: dict[str, Any] = found
+    return ours
+
+
+def _is_ours(found: Any) -> bool:
+    """Whether its readers find the tables that they look into."""
+    if not isinstance(found, dict) or not isinstance(starts := found.get("starts"), list):
+        return False
+    if not all(isinstance(start, dict) for start in starts):
+        return False
+    times = [start.get(key) for start in starts for key in ("started", "ended")]
+    if not all(each is None or _is_time(each) for each in times):
+        return False
+    data = found.get("data", {})
+    parts = [start.get(key, {}) for start in starts for key in ("versions", "trainer", "machine")]
+    codes = [start.get("code", {}) for start in starts]
+    if not all(isinstance(each, dict) for each in (data, *parts, *codes)):
+        return False
+    inner = [*data.values(), *(entry for code in codes for entry in code.values())]
+    return all(each is None or isinstance(each, dict) for each in inner)
+
+
+def _is_time(text: Any) -> bool:
+    try:
+        datetime.fromisoformat(text)
+    except (TypeError, ValueError):
+        return False
+    return True
 
 
 def newest(found: Mapping[str, Any] | None) -> dict[str, Any]:

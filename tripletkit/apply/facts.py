@@ -194,7 +194,15 @@ def _tested(run: RunPaths, sha256: str) -> Tested | None:
         )
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except (
+        OSError,
+        ArithmeticError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ) as error:
         logger.warning("%s is not used: %s", path, error)
         return None
 

@@ -101,8 +101,7 @@ def parameters(slurm: Slurm, stage: str = "") -> dict[str, Any]:
             hint="a whole number and K, M, G or T, for example 32G; 0 is all of the node",
         )
     reservation = chosen.pop("reservation")
-    mail = [one.strip() for one in (slurm.mail or "").split(",") if slurm.mail]
-    for one in mail:
+    for one in slurm.mail.split(",") if slurm.mail else ():
         if not re.fullmatch(r"[^\s@]+@[^\s@]+", one) and not _is_user(one):
             raise ConfigError(
                 f"slurm.mail = {slurm.mail!r}: {one!r} is neither an address nor a user here",
@@ -116,7 +115,7 @@ def parameters(slurm: Slurm, stage: str = "") -> dict[str, Any]:
         "gpus_per_node": None if slurm.gres else slurm.gpus or None,
         "gres": slurm.gres,
         "setup": slurm.setup or None,
-        "mail_user": ",".join(mail) or None,
+        "mail_user": slurm.mail,
         "mail_type": ("FAIL" if stage == "tune" else "END,FAIL") if slurm.mail else None,
         "additional_parameters": {
             "requeue": True,

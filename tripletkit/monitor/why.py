@@ -210,11 +210,12 @@ def _end_of(file: Path, job: str) -> list[Line]:
 
 def _attempt(each: Mapping[str, Any], runs: Iterable[PastJob], *, goes_on: bool) -> Attempt:
     started = [run for run in runs if run.id == each["job"] and run.node]
-    run = started[each["restart"]] if each["restart"] < len(started) else None
+    restart = int(each.get("restart", 0))
+    run = started[restart] if 0 <= restart < len(started) else None
     ended = each.get("ended") or (_utc(run.end) if run else "")
     how = diagnosis.how_it_ended(each, run if run and run.end else None)
     return Attempt(
-        each["attempt"], each["job"], (run.node if run else "") or each["host"],
+        each.get("attempt", 0), each["job"], (run.node if run else "") or each.get("host", ""),
         each["from_epoch"], each["started"], ended, how or ("" if goes_on else "killed"),
     )  # fmt: skip
 

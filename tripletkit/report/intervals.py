@@ -30,7 +30,9 @@ def panels(paths: RunPaths, *, lacks: Callable[[str, str], None]) -> list[Panel]
             found += _panels(evaluation, split)
         except FileNotFoundError:
             continue
-        except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError):
+        except (
+            OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError,
+        ):  # fmt: skip
             lacks(f"the evaluation on {split}", f"{path} cannot be read: evaluate again")
     if not found:
         lacks("metrics with intervals", f"`tripletkit evaluate` has not been run in {paths.root}")

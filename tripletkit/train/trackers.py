@@ -70,10 +70,20 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
             if number < len(lines):
                 raise DataError(f"{path}, line {number}: not JSON") from None
             break
-        if not (isinstance(record, dict) and isinstance(record.get("epoch"), int)):
+        if not _is_record(record):
             raise DataError(f"{path}, line {number}: not a record of metrics")
         records.append(record)
     return records
+
+
+def _is_record(record: Any) -> bool:
+    if not isinstance(record, dict) or not isinstance(record.get("epoch"), int):
+        return False
+    raw = record.get("raw", {})
+    if not isinstance(raw, dict):
+        return False
+    numbers = [value for name, value in record.items() if name not in ("raw", "bands")]
+    return all(each is None or isinstance(each, int | float) for each in (*numbers, *raw.values()))
 
 
 @contextlib.contextmanager

@@ -164,9 +164,12 @@ def read(path: Path) -> Holder | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     try:
-        return Holder(**json.loads(content))
+        holder = Holder(**json.loads(content))
     except (ValueError, TypeError, RecursionError):
         raise damaged(path) from None
+    if not all(isinstance(text, str) for text in dataclasses.astuple(holder)):
+        raise damaged(path)
+    return holder
 
 
 def damaged(path: Path) -> StorageError:
