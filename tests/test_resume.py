@@ -1,7 +1,6 @@
 """Interrupted equals uninterrupted: processes killed at random moments, resumed, compared."""
 
 import multiprocessing
-import os
 import random
 import signal
 import sys
@@ -10,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.exactness import Moments, flat
 from tests.worlds import clustered, near_and_far
 from tripletkit import config as configuration
 from tripletkit.paths import RunPaths, run_paths
@@ -34,19 +34,6 @@ def make_config(paths: RunPaths, **training) -> configuration.Config:
             **training,
         },
     )  # fmt: skip
-
-
-class Moments:
-    """Counts the calls and returns of the main thread, C functions too; may kill at the n-th."""
-
-    def __init__(self, die_at: int | None) -> None:
-        self.die_at = die_at
-        self.count = 0
-
-    def __call__(self, frame, event, argument) -> None:
-        self.count += 1
-        if self.count == self.die_at:
-            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def run(folder: Path, training: dict, die_at: int | None, stop_after: int | None) -> None:
@@ -80,16 +67,6 @@ def attempt(
     process.close()
     assert code in (0, -signal.SIGKILL)
     return code == 0
-
-
-def flat(value, name: str = "") -> dict:
-    """Nested dicts and lists as one dict; tensors as type, shape and bytes."""
-    if isinstance(value, torch.Tensor):
-        return {name: (value.dtype, value.shape, value.numpy().tobytes())}
-    if isinstance(value, dict | list):
-        items = value.items() if isinstance(value, dict) else enumerate(value)
-        return {k: v for key, item in items for k, v in flat(item, f"{name}.{key}").items()}
-    return {name: value}
 
 
 def assert_same(ours: RunPaths, theirs: RunPaths) -> None:

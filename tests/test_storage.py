@@ -852,6 +852,13 @@ def test_the_password_is_in_no_message(start_postgres, tmp_path, monkeypatch, ca
         ("dbname=x password=geheim host=y", "dbname=x password=*** host=y"),
         ("password='ge heim' host=y", "password=*** host=y"),
         ("postgresql://h/db?password=geheim&sslmode=x", "postgresql://h/db?password=***&sslmode=x"),
+        ("postgresql://me:ge@heim@host/db", "postgresql://me:***@host/db"),
+        ("password = geheim host=y", "password=*** host=y"),
+        (r"password='ge\'heim x' host=y", "password=*** host=y"),
+        ("password=ge'heim host=y", "password=*** host=y"),
+        ("password='ge heim", "password=***"),
+        ("PGPASSWORD = 'ge heim' host=y", "PGPASSWORD=*** host=y"),
+        ("postgresql://a/b:geheim@h/d", "postgresql://a/b:***@h/d"),
     ],
 )
 def test_passwords_are_taken_out_of_texts(text, shown):

@@ -58,6 +58,14 @@ def write_json(path: Path, value: object) -> None:
     write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
+def parse_json(content: str | bytes) -> Any:
+    """What a file of ours holds, which others may have damaged. Raises ValueError if it is no JSON."""
+    try:
+        return json.loads(content)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
 def check_writable(folder: Path, hint: str) -> None:
     """That files can be made in a folder, which may have to be made itself.
 

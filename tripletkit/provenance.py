@@ -57,10 +57,10 @@ def read(run_folder: Path) -> dict[str, Any] | None:
     """
     path = run_paths(run_folder).provenance
     try:
-        found = json.loads(path.read_text())
+        found = fsio.parse_json(path.read_text())
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         logger.warning("%s cannot be read: %s", path, error)
         return None
     if not _is_ours(found):

@@ -96,8 +96,8 @@ def _free_folder(root: Path) -> Path:
 
 def _repeats(folder: Path, root: Path) -> bool:
     try:
-        told = json.loads(run_paths(folder).rerun_of.read_text())
-    except (OSError, ValueError, RecursionError):
+        told = fsio.parse_json(run_paths(folder).rerun_of.read_text())
+    except (OSError, ValueError):
         return False
     return isinstance(told, dict) and told.get("run") == str(root)
 

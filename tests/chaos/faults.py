@@ -101,11 +101,16 @@ def _torn(world: World, fault: Fault) -> Happened:
     return Happened(fault, f"{_name(trial)}: {path.name}", words, (), before)
 
 
-def _requeue(world: World, fault: Fault) -> Happened:
+def _told(world: World, fault: Fault, words: str, *command: str) -> Happened:
+    """Slurm is told something about the job of a worker, whose log then has `words`."""
     trial, before = _victim(world, fault), world.said()
     job = trial.owner["job"]
-    world.cluster.run("scontrol", "requeue", job)
-    return Happened(fault, _name(trial), "DUE TO JOB REQUEUE", (world.log_of(job),), before)
+    world.cluster.run(*command, job)
+    return Happened(fault, _name(trial), words, (world.log_of(job),), before)
+
+
+def _requeue(world: World, fault: Fault) -> Happened:
+    return _told(world, fault, "DUE TO JOB REQUEUE", "scontrol", "requeue")
 
 
 def _preempt(world: World, fault: Fault) -> Happened:
@@ -123,17 +128,11 @@ def _preempt(world: World, fault: Fault) -> Happened:
 
 def _limit(world: World, fault: Fault) -> Happened:
     """The signal that Slurm sends ahead of the time limit."""
-    trial, before = _victim(world, fault), world.said()
-    job = trial.owner["job"]
-    world.cluster.run("scancel", "--signal=USR2", job)
-    return Happened(fault, _name(trial), "asked to stop", (world.log_of(job),), before)
+    return _told(world, fault, "asked to stop", "scancel", "--signal=USR2")
 
 
 def _cancel(world: World, fault: Fault) -> Happened:
-    trial, before = _victim(world, fault), world.said()
-    job = trial.owner["job"]
-    world.cluster.run("scancel", job)
-    return Happened(fault, _name(trial), "CANCELLED AT", (world.log_of(job),), before)
+    return _told(world, fault, "CANCELLED AT", "scancel")
 
 
 def _freeze(world: World, fault: Fault) -> Happened:

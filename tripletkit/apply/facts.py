@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tripletkit import __version__, provenance
+from tripletkit import __version__, fsio, provenance
 from tripletkit import config as configuration
 from tripletkit.config import Config, TrainingModel
 from tripletkit.errors import ConfigError, DataError
@@ -170,7 +169,7 @@ def _tested(run: RunPaths, sha256: str) -> Tested | None:
     """From the evaluation in the run's folder, if it is of these weights."""
     path = run.evaluation("test").report
     try:
-        report = json.loads(path.read_text())
+        report = fsio.parse_json(path.read_text())
         data, (raw, *columns) = report["data"], report["columns"]
         head = next((column for column in columns if column["sha256"] == sha256), None)
         if head is None:
@@ -201,7 +200,6 @@ def _tested(run: RunPaths, sha256: str) -> Tested | None:
         LookupError,
         TypeError,
         AttributeError,
-        RecursionError,
     ) as error:
         logger.warning("%s is not used: %s", path, error)
         return None
@@ -245,12 +243,12 @@ def _sources(
 def _origin(run: RunPaths) -> dict[str, str]:
     found = {"run": run.root.name} if run.config.exists() else {}
     try:
-        best = json.loads(run.origin.read_text())
+        best = fsio.parse_json(run.origin.read_text())
         found["parameters from"] = str(best["source"])
         found["value there"] = f"{best['metric']} {best['value']:.4f}"
     except FileNotFoundError:
         pass
-    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, LookupError, TypeError) as error:
         logger.warning("%s is not used: %s", run.origin, error)
     study = StudyPaths(run.root.parent)
     trial = re.fullmatch(r"trial_(\d+)", run.root.name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,9 +27,9 @@ def at_work(logs: LogPaths, options: Mapping[str, Any]) -> list[str]:
     Raises ConfigError if they make it with other options.
     """
     try:
-        found = json.loads(_file(logs, options).read_text())
+        found = fsio.parse_json(_file(logs, options).read_text())
         started, theirs = list(found["jobs"]), dict(found["options"])
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+    except (OSError, ValueError, LookupError, TypeError):
         return []
     states = jobs.states(logs, started)
     active = [job for job in started if states[job] in ("running", "pending")]

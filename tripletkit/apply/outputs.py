@@ -35,8 +35,8 @@ BATCH_ROWS = 2_048
 def provenance_of(path: Path) -> dict[str, Any] | None:
     """What a file says it was made of; None if it is not one of ours."""
     try:
-        found = json.loads((pq.read_metadata(path).metadata or {})[KEY])
-    except (OSError, KeyError, ValueError, RecursionError, pa.ArrowException):
+        found = fsio.parse_json((pq.read_metadata(path).metadata or {})[KEY])
+    except (OSError, KeyError, ValueError, pa.ArrowException):
         return None
     return found if isinstance(found, dict) and found.get("made_by") == MADE_BY else None
 

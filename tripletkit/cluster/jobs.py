@@ -7,7 +7,6 @@ lives. Slurm knows more about its own jobs; for background processes the records
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import socket
 import time
@@ -157,8 +156,8 @@ def records(logs: LogPaths) -> list[Record]:
 def read(path: Path) -> Record | None:
     """One record, or None where there is none."""
     try:
-        return Record(**json.loads(path.read_text()))
-    except (OSError, ValueError, TypeError, RecursionError):
+        return Record(**fsio.parse_json(path.read_text()))
+    except (OSError, ValueError, TypeError):
         return None
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import shutil
 import socket
@@ -207,13 +206,13 @@ def _publish(
 def _facts(folder: Path, check: Callable[[Path, dict[str, Any]], None]) -> dict[str, Any] | None:
     """What is known of a finished folder; None when it is not there, torn or foreign."""
     try:
-        facts: dict[str, Any] = json.loads((folder / META).read_text())
+        facts: dict[str, Any] = fsio.parse_json((folder / META).read_text())
         if not all((folder / name).stat().st_size == n for name, n in facts["files"].items()):
             return None
         check(folder, facts)
     except (
         FileNotFoundError, NotADirectoryError, ValueError, LookupError, TypeError, AttributeError,
-        ArithmeticError, RecursionError, pa.ArrowException,
+        ArithmeticError, pa.ArrowException,
     ):  # fmt: skip
         return None  # but of other errors a disk or a lack of memory is the cause
     return facts

@@ -6,7 +6,6 @@ after a second look; a trial whose job lives, or may live, is never touched.
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 import time
@@ -253,8 +252,8 @@ def _work(seen: _Seen) -> Iterator[Finding]:
 def _identity(seen: _Seen) -> Iterator[Finding]:
     path, ours = seen.paths.identity, seen.shared.study.user_attrs.get(ID)
     try:
-        theirs = json.loads(path.read_text())["id"] if path.exists() else None
-    except (ValueError, KeyError, TypeError, RecursionError):
+        theirs = fsio.parse_json(path.read_text())["id"] if path.exists() else None
+    except (ValueError, KeyError, TypeError):
         theirs = "unreadable"
     if theirs is not None and theirs != ours:
         yield Finding(

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import html
-import json
 import re
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from tripletkit import fsio
 from tripletkit.paths import RunPaths
 from tripletkit.report.panels import PALETTE, RAW, TRAINED, Panel, Table, new_figure
 
@@ -26,12 +26,12 @@ def panels(paths: RunPaths, *, lacks: Callable[[str, str], None]) -> list[Panel]
     for split in SPLITS:
         path = paths.evaluation(split).report
         try:
-            evaluation = json.loads(path.read_text())
+            evaluation = fsio.parse_json(path.read_text())
             found += _panels(evaluation, split)
         except FileNotFoundError:
             continue
         except (
-            OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError,
+            OSError, ValueError, KeyError, TypeError, IndexError, AttributeError,
         ):  # fmt: skip
             lacks(f"the evaluation on {split}", f"{path} cannot be read: evaluate again")
     if not found:

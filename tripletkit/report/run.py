@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 from collections import Counter
 from collections.abc import Sequence
@@ -251,7 +250,7 @@ def _origin(paths: RunPaths) -> dict[str, str]:
 
 def _json(path: Path) -> dict[str, Any] | None:
     try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError, RecursionError):
+        found = fsio.parse_json(path.read_text())
+    except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None

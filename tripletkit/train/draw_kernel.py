@@ -69,6 +69,15 @@ def _uniform(key, counter, owned, floor, arm_stream, coin_stream):
     return arm, coin * 5.9604644775390625e-08 < floor  # 2**-24
 
 
+@triton.jit
+def _owned(offsets, anchor, here, arms, BANDS: tl.constexpr):
+    """`TripletIndex.owned`."""
+    edge = offsets + anchor[:, None] * BANDS + arms[None, :]
+    inside = here[:, None] & (arms < BANDS)[None, :]
+    some = tl.load(edge + 1, mask=inside, other=0) > tl.load(edge, mask=inside, other=0)
+    return some | (arms == BANDS)[None, :]
+
+
 @triton.jit(do_not_specialize=["warmup", "size", "chunk", "images", "places"])
 def _draw(  # noqa: PLR0913
     drawn, order, place, key,
@@ -81,7 +90,6 @@ def _draw(  # noqa: PLR0913
 ):  # fmt: skip
     lane = tl.arange(0, LANES)
     arms = tl.arange(0, ARMS)
-    band = (arms < BANDS)[None, :]
     first_place = tl.load(place)
     key = tl.load(key)
     floor = tl.where(tl.load(seen) < warmup, 2.0, floor)  # above every coin
@@ -95,11 +103,7 @@ def _draw(  # noqa: PLR0913
         here = (lane < chunk) & (begin + lane < size)
         counter = first_place + begin + lane
         anchor = tl.load(order + counter, mask=here, other=0)
-        edge = offsets + anchor[:, None] * BANDS + arms[None, :]
-        inside = here[:, None] & band
-        owned = (tl.load(edge + 1, mask=inside, other=0) > tl.load(edge, mask=inside, other=0)) | (
-            arms == BANDS
-        )[None, :]
+        owned = _owned(offsets, anchor, here, arms, BANDS)
         arm, explores = _uniform(key, counter, owned, floor, ARM, COIN)
         counts = (arm[:, None] == arms[None, :]) & (explores & here)[:, None]
         explored += tl.sum(counts.to(tl.int32), 0)
@@ -109,11 +113,7 @@ def _draw(  # noqa: PLR0913
         here = (lane < chunk) & (begin + lane < size)
         counter = first_place + begin + lane
         anchor = tl.load(order + counter, mask=here, other=0)
-        edge = offsets + anchor[:, None] * BANDS + arms[None, :]
-        inside = here[:, None] & band
-        owned = (tl.load(edge + 1, mask=inside, other=0) > tl.load(edge, mask=inside, other=0)) | (
-            arms == BANDS
-        )[None, :]
+        owned = _owned(offsets, anchor, here, arms, BANDS)
         arm, explores = _uniform(key, counter, owned, floor, ARM, COIN)
         score = mean + bonus / tl.sqrt(virtual)
         best = tl.argmax(tl.where(owned, score[None, :], float("-inf")), 1)

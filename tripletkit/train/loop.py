@@ -217,7 +217,6 @@ class _Run:
         self.report = report
         self.group = pieces.learner.group
         self.collapsed = False  # and that was said
-        self.lost = False  # by the newest validation
         self.saved_at = time.monotonic()
         self.began_at = progress.global_step
 
@@ -339,10 +338,14 @@ class _Run:
             self.collapsed = collapse.by_losses(pulls, loss, violations, self.section.margin)
             sign = "every triplet has the margin as its loss"
         else:
-            self.collapsed = collapse.by_spread(self.progress.metrics, self.progress.raw)
+            self.collapsed = self._is_lost()
             sign = f"the cosine of two of them is {1 - (spread or 0.0):.5f} on average"
         if self.collapsed:
             collapse.warn(sign)
+
+    def _is_lost(self) -> bool:
+        """Whether the head had collapsed at the newest validation."""
+        return collapse.by_spread(self.progress.metrics, self.progress.raw)
 
     def _validate(self) -> dict[str, float]:
         """Evaluate the head and update what is best; returns the metrics."""
@@ -350,11 +353,11 @@ class _Run:
         progress, monitor = self.progress, self.section.monitor
         metrics = progress.metrics = self.pieces.evaluation.of(self.pieces.learner.head)
         # The loss of a collapsed head may be small: it is the margin.
-        self.lost = collapse.by_spread(metrics, progress.raw)
-        if not self.lost and better("val_loss", metrics["val_loss"], progress.best_val_loss):
+        lost = self._is_lost()
+        if not lost and better("val_loss", metrics["val_loss"], progress.best_val_loss):
             progress.best_val_loss = metrics["val_loss"]
             progress.best_val_epoch = progress.epoch
-        if not self.lost and better(monitor, metrics[monitor], progress.best_value):
+        if not lost and better(monitor, metrics[monitor], progress.best_value):
             progress.best_value = metrics[monitor]
             progress.best_epoch = progress.epoch
             progress.best_metrics = metrics
@@ -373,7 +376,7 @@ class _Run:
         logger.info("epoch %d/%d %s", progress.epoch, self.section.num_epochs, " ".join(shown))
         for track in self.trackers:
             track(progress.epoch, metrics)
-        if validated and self.report is not None and not self.lost:
+        if validated and self.report is not None and not self._is_lost():
             self.report(progress.epoch, progress.metrics)
 
     def _train_loss(self) -> float:

@@ -65,8 +65,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     records: list[dict[str, Any]] = []
     for number, line in enumerate(lines, 1):
         try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
+            record = fsio.parse_json(line)
+        except ValueError:
             if number < len(lines):
                 raise DataError(f"{path}, line {number}: not JSON") from None
             break

@@ -15,23 +15,26 @@ from tripletkit.log import logger
 NUMBERS = ("from_step", "restart", "attempt", "gpus", "share", "seen", "saved", "slot")
 TEXTS = ("host", "outcome", "cause", "message")
 
-# What a damaged line makes a reader of it raise.
-UNREADABLE = (ValueError, LookupError, TypeError, RecursionError)
-
 
 def read(path: Path) -> list[dict[str, Any]]:
     """Every attempt, oldest first. One without `outcome` was killed, or is going on.
 
     A line that cannot be read, as after a full disk, does not count.
     """
-    found: list[dict[str, Any]] = []
+    return [attempt for attempt in _lines(path) if attempt is not None]
+
+
+def _lines(path: Path) -> list[dict[str, Any] | None]:
+    """The attempt of each line, None and a warning where it cannot be read."""
+    found: list[dict[str, Any] | None] = []
     if not path.exists():
         return found
     for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
         try:
-            found.append(_checked(json.loads(line)))
-        except UNREADABLE:
+            found.append(_checked(fsio.parse_json(line)))
+        except (ValueError, LookupError, TypeError):
             logger.warning("%s, line %d is no record of an attempt: left out", path, number)
+            found.append(None)
     return found
 
 
@@ -49,14 +52,6 @@ def _checked(attempt: Any) -> dict[str, Any]:
     if not isinstance(attempt, dict) or not all(isinstance(each, str) for each in texts):
         raise TypeError
     return attempt
-
-
-def _is_record(line: str) -> bool:
-    try:
-        _checked(json.loads(line))
-    except UNREADABLE:
-        return False
-    return True
 
 
 def begin(
@@ -85,15 +80,15 @@ def end(
     at: float | None = None,
 ) -> None:
     """Note how the newest attempt ended, now or `at` these Unix seconds."""
-    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
-    if not lines or not _is_record(lines[-1]):
+    lines = _lines(path)
+    last = lines.pop() if lines else None
+    if last is None:
         logger.warning("%s: the newest record is damaged: how its attempt ended is not noted", path)
         return
-    *before, last = read(path)
     last |= {"ended": fsio.timestamp(at), "outcome": outcome}
     if cause:
         last |= {"cause": cause, "message": message}
-    _write(path, [*before, last])
+    _write(path, [*filter(None, lines), last])
 
 
 def killed_in_a_row(path: Path) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
-import json
 import shlex
 import socket
 import time
@@ -14,6 +13,7 @@ from pathlib import Path
 
 import psycopg2
 
+from tripletkit import fsio
 from tripletkit.cluster import jobs, queue
 from tripletkit.errors import ClusterError, ConfigError, StorageError
 from tripletkit.log import logger
@@ -92,11 +92,11 @@ def connection(folder: Path) -> Connection:
             hint="`tripletkit db up` starts your own",
         ) from None
     try:
-        found = json.loads(content)
+        found = fsio.parse_json(content)
         node = found.pop("node")
         loopback = ipaddress.ip_address(found["host"]).is_loopback
         known = Connection(**found)
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError):
+    except (ValueError, TypeError, LookupError, AttributeError):
         raise lease.damaged(path) from None
     if loopback and node != socket.gethostname():
         word = shlex.quote(str(folder))

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import secrets
 import shlex
@@ -164,8 +163,8 @@ def read(path: Path) -> Holder | None:
     except (FileNotFoundError, NotADirectoryError):
         return None
     try:
-        holder = Holder(**json.loads(content))
-    except (ValueError, TypeError, RecursionError):
+        holder = Holder(**fsio.parse_json(content))
+    except (ValueError, TypeError):
         raise damaged(path) from None
     if not all(isinstance(text, str) for text in dataclasses.astuple(holder)):
         raise damaged(path)
