@@ -1,4 +1,4 @@
-"""A headless Chromium for the pages that we write; it finds no host, and tells what it asked for."""
+"""A headless Chromium for the pages that we write; it finds no other host, and tells what it asked for."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Browser:
             "--disable-dev-shm-usage",
             "--window-size=1400,1000",
             f"--user-data-dir={folder}",
-            "--host-resolver-rules=MAP * ~NOTFOUND",
+            "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1",
             "--disable-background-networking",
         ):
             options.add_argument(argument)

@@ -25,6 +25,7 @@ from optuna.distributions import FloatDistribution
 from optuna.trial import TrialState, create_trial
 
 from tests import fleet, postgres
+from tests.browser import browser  # noqa: F401 - fixture
 from tripletkit import cli, fsio
 from tripletkit import config as configuration
 from tripletkit.config import Config
@@ -345,14 +346,27 @@ def test_an_error_inside_is_a_line_in_the_log(start, sqlite, monkeypatch, caplog
     assert capsys.readouterr().err == ""
 
 
-def test_a_browser_shows_the_study(shown, tmp_path, caplog):
-    page = subprocess.run(
-        ["chromium", "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",
-         f"--user-data-dir={tmp_path}", "--virtual-time-budget=20000", "--dump-dom", shown.url],
-        capture_output=True, text=True, timeout=2 * SECONDS,
-    ).stdout  # fmt: skip
-    assert NAME in page
-    assert "Best Trial (number=2)" in page
+def test_a_browser_shows_the_study_and_asks_nobody_else(tmp_path, start, browser, caplog):  # noqa: F811
+    """Not even for the picture in a note, which anybody may have written who has the study."""
+    studio = Studio(tmp_path)
+    study = studio.study()
+    picture, said = "http://elsewhere.example/seen.png", []
+    for key, value in {"note_ver": 1, "note_str:0": f"![seen]({picture})"}.items():
+        study._storage.set_study_system_attr(study._study_id, f"dashboard:{key}", value)
+    shown = start(studio)
+    browser.requested()
+    browser.logs()
+    browser.driver.get(shown.url)
+    page = browser.driver.find_element("css selector", "body")
+    browser.until(lambda: NAME in page.text and "Best Trial (number=2)" in page.text)
+    browser.until(lambda: browser.js("return document.querySelectorAll('.main-svg').length"))
+    browser.driver.get(f"{shown.url}/note")
+    browser.until(lambda: browser.js("return document.querySelector('img[alt=seen]')"))
+    asked = [url for url in browser.requested() if url != picture]
+    assert asked
+    assert all(url.startswith(f"http://127.0.0.1:{shown.port}/") for url in asked)
+    browser.until(lambda: (said.extend(browser.logs()), said)[1])
+    assert all(picture in line and "Content Security Policy" in line for line in said)
     assert "dashboard:" not in caplog.text
 
 

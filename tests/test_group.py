@@ -27,8 +27,9 @@ from tripletkit.errors import DataError, RunError
 from tripletkit.paths import run_paths
 from tripletkit.train import checkpoint as checkpoints
 from tripletkit.train import group
+from tripletkit.train.assembly import Data
 from tripletkit.train.group import ALONE, Group
-from tripletkit.train.loop import Data, train
+from tripletkit.train.loop import train
 
 # A server that has torch loaded and forks: a process starts in milliseconds.
 fork = multiprocessing.get_context("forkserver")

@@ -185,6 +185,21 @@ def test_what_a_log_says_is_neither_wrapped_nor_interpreted(config, run):
     )
 
 
+def test_a_terminal_obeys_nothing_that_a_log_says(config, run):
+    """Who may append to a log has no say over the terminal; in a pipe it is what it is."""
+    said = "\x1b[31mred\x1b[0m \x1b]0;title\a\x1b[2J\n 10%\r 20%\r\n\u202eover\n"
+    write(config, "tune_7.err", said)
+    run(config, "status")  # writes the file
+    file = config.global_.log_dir.parent / "given.toml"
+    for terminal in (True, False):
+        with Screen("logs", "7", "-c", file, terminal=terminal) as screen:
+            assert screen.process.wait(60) == 0
+            seen = screen.text.replace("\r\n", "\n")  # as a terminal ends its lines
+            assert (said.replace("\r\n", "\n") in seen) == (not terminal)
+            shown = "red \ufffd]0;title\ufffd\ufffd[2J\n 10%\n 20%\n\ufffdover\n"
+            assert (shown in seen) == terminal
+
+
 def test_the_elements_of_an_array_stand_before_their_lines(config, run):
     for element in (0, 2, 10):
         write(config, f"tune_12_{element}.out", f"element {element}\n\nno end")

@@ -13,9 +13,10 @@ from tripletkit.device import choose_device
 from tripletkit.errors import ConfigError, DataError, RunError
 from tripletkit.paths import RunPaths, run_paths
 from tripletkit.train import checkpoint as checkpoints
+from tripletkit.train.assembly import Data
 from tripletkit.train.evaluation import Evaluation
 from tripletkit.train.head import Head, load_weights
-from tripletkit.train.loop import Data, TrainResult, train
+from tripletkit.train.loop import TrainResult, train
 
 
 @pytest.fixture

@@ -21,7 +21,8 @@ from tripletkit.errors import DataError, DivergedError, RunError
 from tripletkit.paths import run_paths
 from tripletkit.train import checkpoint as checkpoints
 from tripletkit.train import collapse
-from tripletkit.train.loop import Data, train
+from tripletkit.train.assembly import Data
+from tripletkit.train.loop import train
 from tripletkit.train.step import Learner
 from tripletkit.train.watch import Watch
 from tripletkit.tune import claims

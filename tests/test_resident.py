@@ -16,8 +16,8 @@ from tripletkit import processes
 from tripletkit.data.store import Store
 from tripletkit.device import choose_device
 from tripletkit.paths import run_paths
-from tripletkit.train import loop, resident
-from tripletkit.train.loop import Data
+from tripletkit.train import assembly, loop, resident
+from tripletkit.train.assembly import Data
 from tripletkit.train.resident import Parcel
 
 CPU = torch.device("cpu")
@@ -58,8 +58,8 @@ def bytes_of(folder: Path, data: Data, **training) -> bytes:
     return paths.metrics.read_bytes()
 
 
-def assembled(folder: Path, data: Data, **training) -> loop.Pieces:
-    return loop.assemble(make_config(run_paths(folder), **training), data, fresh=True)
+def assembled(folder: Path, data: Data, **training) -> assembly.Pieces:
+    return assembly.assemble(make_config(run_paths(folder), **training), data, fresh=True)
 
 
 def test_with_a_resident_table_a_run_gives_the_same_bytes(tmp_path):

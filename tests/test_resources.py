@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -83,6 +84,34 @@ def test_a_trial_that_is_over_keeps_the_checkpoints_that_were_asked_for(config, 
     assert call("tune", "-c", config, *words) == 0
     best = study_paths(loaded).trial(shared.study.best_trial.number).best
     assert call("evaluate", "-c", config, "--split", "val", "--checkpoint", best) == 0
+
+
+KILLED_BEFORE_IT_TIDIED = """
+import os
+from tripletkit.cli import main
+from tripletkit.tune import worker
+
+worker._clear_away = lambda paths: os._exit(9)
+main()
+"""
+
+
+def test_the_checkpoints_a_killed_worker_left_are_deleted_by_another(config):
+    """It had told the study how the trial ended, and died before it deleted them."""
+    words = ("--cluster", "here", "--set", "tuning.keep_checkpoints=best")
+    killed = subprocess.run(
+        [sys.executable, "-c", KILLED_BEFORE_IT_TIDIED, "tune", "-c", config, *words]
+    )
+    loaded = configuration.load(config, environ={})
+    first = study_paths(loaded).trial(0)
+    assert killed.returncode == 9
+    assert len(first.saved()) == room.OF_A_TRIAL["all"]
+    assert call("tune", "-c", config, *words) == 0
+    for number in range(3):
+        paths = study_paths(loaded).trial(number)
+        assert paths.saved() == [paths.best]
+    shared = storage.open_study(loaded.tuning, seed=0, workers=1)
+    assert [trial.state.name for trial in shared.study.get_trials()] == ["COMPLETE"] * 3
 
 
 @pytest.mark.parametrize("keep", ["all", "best"])

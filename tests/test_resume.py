@@ -14,7 +14,8 @@ from tests.worlds import clustered, near_and_far
 from tripletkit import config as configuration
 from tripletkit.paths import RunPaths, run_paths
 from tripletkit.train import checkpoint as checkpoints
-from tripletkit.train.loop import Data, train
+from tripletkit.train.assembly import Data
+from tripletkit.train.loop import train
 
 # A server that has torch loaded and forks: a process starts in milliseconds.
 fork = multiprocessing.get_context("forkserver")

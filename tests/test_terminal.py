@@ -17,6 +17,7 @@ from tripletkit.config import Config
 from tripletkit.errors import is_out_of_memory
 from tripletkit.paths import run_paths
 from tripletkit.train import loop
+from tripletkit.train.assembly import Data
 from tripletkit.tune.worker import _cause
 
 
@@ -66,7 +67,7 @@ def test_the_bar_moves_between_two_looks_at_the_loss(tmp_path, monkeypatch):
         training_model={"hidden_dim": 8, "output_dim": 4},
         logging={"log_every_n_batches": 5},
     )
-    loop.train(config, loop.Data(clustered(24)), run_paths(tmp_path / "run"))
+    loop.train(config, Data(clustered(24)), run_paths(tmp_path / "run"))
     assert [place for place, _ in shown] == list(range(8, 97, 8))
     assert [" loss " in text for _, text in shown] == [False] * 4 + [True] * 8
     assert len(looks) == 12 // 5 + 1, "and once at the end of the epoch"

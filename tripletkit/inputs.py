@@ -15,9 +15,9 @@ from tripletkit.tune import attempts
 
 if TYPE_CHECKING:
     from tripletkit.data.store import Store
+    from tripletkit.train.assembly import Data
     from tripletkit.train.checkpoint import Checkpoint
     from tripletkit.train.head import Head
-    from tripletkit.train.loop import Data
 
 
 def check_files(config: Config) -> None:
@@ -121,7 +121,7 @@ def training_data(config: Config) -> Data:
     """Open, check and subsample what `train` needs."""
     from tripletkit.data.bands import open_bands
     from tripletkit.data.store import check_leakage, open_store, subsample
-    from tripletkit.train.loop import Data
+    from tripletkit.train.assembly import Data
 
     section, seed = config.training, config.global_.seed
     full = open_store(

@@ -25,7 +25,7 @@ from tripletkit.errors import RunError, StorageAway
 from tripletkit.log import logger
 from tripletkit.paths import LogPaths, StudyPaths
 from tripletkit.train import resident
-from tripletkit.train.loop import Data
+from tripletkit.train.assembly import Data
 from tripletkit.train.placement import choose_placement
 from tripletkit.train.resident import Parcel
 from tripletkit.tune import storage, worker

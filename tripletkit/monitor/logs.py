@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -21,6 +22,9 @@ BLOCK = 64 * 1024  # bytes; the end of a file is searched in such steps
 # Bytes. Progress bars write lines that do not end: we neither search nor wait for ever.
 SEARCHED = 64 * 2**20
 LONG_LINE = 2**20
+
+COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+BARS = re.compile(r"\r\n?")  # a bar that moves, or the end of a line as Windows writes it
 
 Emit = Callable[[Path, str], None]
 
@@ -197,6 +201,8 @@ def _emitter(target: Target, files: Collection[Path]) -> Emit:
 
 
 def _write(text: str) -> None:
-    """To stdout as it is: no wrapping, no markup."""
+    """To stdout: no wrapping, no markup, and to a terminal nothing that it would obey."""
+    if log.out.is_terminal:
+        text = log.visible(BARS.sub("\n", COLOURS.sub("", text)))
     log.out.file.write(text)
     log.out.file.flush()

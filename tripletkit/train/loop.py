@@ -10,27 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from tripletkit import config as configuration
 from tripletkit import fsio, log, provenance
 from tripletkit.config import Config
-from tripletkit.data.bands import Bands
 from tripletkit.data.store import Store
-from tripletkit.device import choose_device, choose_precision, make_deterministic
-from tripletkit.errors import ConfigError, DivergedError, RunError
+from tripletkit.errors import DivergedError, RunError
 from tripletkit.log import logger
 from tripletkit.paths import RunPaths
-from tripletkit.train import collapse, rng, state
-from tripletkit.train.bandit import Bandit
-from tripletkit.train.evaluation import Evaluation, better, metric_names
+from tripletkit.train import collapse, state
+from tripletkit.train.assembly import Data, Pieces, assemble
+from tripletkit.train.evaluation import better, metric_names
 from tripletkit.train.group import ALONE, Group
-from tripletkit.train.head import Head
-from tripletkit.train.init import linear_start
-from tripletkit.train.placement import choose_placement
-from tripletkit.train.resident import Resident, load, sample_key
-from tripletkit.train.state import Pieces, Progress
-from tripletkit.train.step import LOSS, PULLS, REWARD, VIOLATIONS, DeviceStep, HostStep, Learner
+from tripletkit.train.state import Progress
+from tripletkit.train.step import LOSS, PULLS, REWARD, VIOLATIONS
 from tripletkit.train.trackers import MetricsFile, Tracker, open_trackers
 
 LOSSES = ("train_loss", "val_loss")
@@ -40,17 +32,6 @@ SHOW_SECONDS = 0.2  # between two moves of the bar
 AGREE_EVERY = 16  # steps; so often several processes ask each other whether to stop
 
 Report = Callable[[int, Mapping[str, float]], None]
-
-
-@dataclass(frozen=True)
-class Data:
-    """What a run trains on and validates with; `resident` is what of it is on the device already."""
-
-    train: Store
-    bands: Bands | None = None
-    val: Store | None = None
-    val_bands: Bands | None = None
-    resident: Resident | None = None
 
 
 @dataclass(frozen=True)
@@ -126,71 +107,6 @@ def _sole_use(paths: RunPaths) -> Iterator[None]:
             for file in (paths.config, paths.provenance, paths.origin, paths.root / "code_*.diff"):
                 fsio.remove_leftovers(paths.root, f".{file.name}.*.tmp")
         yield
-
-
-def assemble(config: Config, data: Data, *, fresh: bool, group: Group = ALONE) -> Pieces:
-    """Build the working parts; a `fresh` head starts from the data if so configured."""
-    section, seed = config.training, config.global_.seed
-    device = choose_device(section.device)
-    precision = group.first(choose_precision(section.precision, device))
-    make_deterministic(device)
-    _check_sampler(section.negative_sampler, data.bands)
-
-    input_dim = data.train.embeddings.shape[1]
-    model_section = config.training_model.model_copy(update={"input_dim": input_dim})
-    torch.manual_seed(rng.key(seed, rng.INIT) % 2**63)
-    head = Head(model_section, input_dim)
-    if fresh and section.init != "random":
-        head.start_linear(
-            linear_start(
-                data.train,
-                section.init,
-                model_section.output_dim,
-                config.cache_dir,
-                seed=seed,
-                device=device,
-            )
-        )
-    head.to(device)
-
-    wanted, there = section.placement, data.resident
-    if there is not None and not there.serves(wanted, data.train, device, precision):
-        there = None
-    on_device = there or not group.any(
-        choose_placement(wanted, data.train, device, precision) == "host"
-    )
-    home = device if on_device else torch.device("cpu")
-    resident = load(data.train, data.bands, home, precision, there)
-    bandit = Bandit(section, resident.index.bands, home)
-    learner = Learner(head, section, bandit, precision, group)
-    kind = DeviceStep if on_device else HostStep
-    step = kind(learner, resident.index, resident.table)
-    evaluation = None
-    if data.val is not None:
-        evaluation = Evaluation(
-            data.val,
-            data.val_bands,
-            section,
-            seed=seed,
-            device=device,
-            precision=precision,
-            group=group,
-        )
-    else:
-        logger.info("no validation data: no best epoch, no early stopping")
-    return Pieces(
-        config=config,
-        model_section=model_section,
-        fingerprints={
-            "training embeddings": resident.sample_key,
-            "difficulty bands": data.bands.key if data.bands else "",
-            "validation embeddings": sample_key(data.val) if data.val else "",
-        },
-        bandit=bandit,
-        learner=learner,
-        step=step,
-        evaluation=evaluation,
-    )
 
 
 class _Run:
@@ -448,18 +364,6 @@ class _Run:
             raw=progress.raw,
             best_metrics=progress.best_metrics,
             best_epoch=progress.best_epoch,
-        )
-
-
-def _check_sampler(sampler: str, bands: Bands | None) -> None:
-    count = bands.count if bands else 0
-    if sampler.startswith("fixed:") and int(sampler.removeprefix("fixed:")) >= count:
-        there_are = f"the bands are 0 to {count - 1}" if count else "there are no bands"
-        raise ConfigError(f"negative_sampler is {sampler!r} but {there_are}")
-    if bands is None and sampler in ("ucb", "uniform"):
-        logger.warning(
-            "no difficulty_metadata_path, so every negative is random; "
-            "`tripletkit data bands` builds the bands"
         )
 
 

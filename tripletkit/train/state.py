@@ -1,4 +1,4 @@
-"""All that a run is made of, and its way into a checkpoint and back."""
+"""Where a run is, and its way into a checkpoint and back."""
 
 from __future__ import annotations
 
@@ -11,18 +11,17 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor
 
-from tripletkit.config import Config, TrainingModel
+from tripletkit.config import Config
 from tripletkit.data.bands import Bands
 from tripletkit.data.store import Store
 from tripletkit.errors import ConfigError, DataError, RunError
 from tripletkit.log import logger
 from tripletkit.paths import RunPaths
 from tripletkit.train import checkpoint as checkpoints
-from tripletkit.train.bandit import Bandit
+from tripletkit.train.assembly import Pieces
 from tripletkit.train.checkpoint import Checkpoint
-from tripletkit.train.evaluation import Evaluation
 from tripletkit.train.head import load_weights
-from tripletkit.train.step import DeviceStep, HostStep, Learner
+from tripletkit.train.step import DeviceStep
 
 # Keys of [training] that may change between a run and its continuation without a word.
 HARMLESS = {
@@ -57,24 +56,6 @@ class Progress:
     metrics: dict[str, float] = field(default_factory=dict)
     raw: dict[str, float] = field(default_factory=dict)
     metrics_bytes: int = 0  # length of metrics.jsonl
-
-
-@dataclass(frozen=True)
-class Pieces:
-    """The working parts of a run."""
-
-    config: Config
-    model_section: TrainingModel  # with the data's input_dim
-    fingerprints: dict[str, str]
-    bandit: Bandit
-    learner: Learner
-    step: DeviceStep | HostStep
-    evaluation: Evaluation | None
-
-    @property
-    def anchors(self) -> int:
-        """Anchors per epoch."""
-        return len(self.step.index.anchors)
 
 
 def find(config: Config, paths: RunPaths) -> tuple[Path, Checkpoint] | None:

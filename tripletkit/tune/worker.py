@@ -27,7 +27,7 @@ from tripletkit.errors import (
 from tripletkit.log import logger
 from tripletkit.paths import StudyPaths, TrialPaths
 from tripletkit.train import checkpoint, loop
-from tripletkit.train.loop import Data
+from tripletkit.train.assembly import Data
 from tripletkit.train.trackers import read_metrics
 from tripletkit.tune import attempts, budget, claims, cost, space
 from tripletkit.tune.claims import Claim, JobStates, Worker
@@ -116,6 +116,7 @@ def run(
         claim = claims.claim(shared, worker, total, job_states, may_start)
         if claim is None:
             _say_why(name, outdated or purse.refused)
+            _tidy(shared, config, paths)
             summary.outdated = outdated
             summary.open = bool(outdated)  # in its next start a job reads the new configuration
             return summary
@@ -143,6 +144,24 @@ def _say_why(name: str, refused: object) -> None:
         logger.info("study %s: %s", name, refused)
     else:
         logger.info("nothing left to do in study %s", name)
+
+
+def _tidy(shared: SharedStudy, config: Config, paths: StudyPaths) -> None:
+    """Do what a worker was killed before it could: clear away behind a trial whose end it had told."""
+    if config.tuning.keep_checkpoints == "best":
+        for trial in shared.study.get_trials(deepcopy=False):
+            if trial.state.is_finished():
+                _clear_away(paths.trial(trial.number))
+
+
+def _clear_away(paths: TrialPaths) -> None:
+    """Of a trial that is over, and so never goes on, delete all checkpoints but the best."""
+    for path in paths.saved():
+        if path != paths.best:
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:  # the trial is well
+                logger.warning("%s stays: %s", path, error.strerror or error)
 
 
 def _prepared_otherwise(config: Config, paths: StudyPaths) -> str:
@@ -347,14 +366,8 @@ class _Trial:
         return Ended("failed")
 
     def _clear_away(self) -> None:
-        """Of a trial that is over, and so never goes on, delete the checkpoints nobody asked for."""
         if self.config.tuning.keep_checkpoints == "best":
-            for path in self.paths.saved():
-                if path != self.paths.best:
-                    try:
-                        path.unlink(missing_ok=True)
-                    except OSError as error:  # the trial is well
-                        logger.warning("%s stays: %s", path, error.strerror or error)
+            _clear_away(self.paths)
 
     def _taken_over(self) -> Ended:
         logger.warning("trial %d was taken over by another worker", self.trial.number)

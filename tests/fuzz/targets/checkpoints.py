@@ -20,7 +20,7 @@ from tripletkit.apply import facts
 from tripletkit.config import Config
 from tripletkit.data.store import Store
 from tripletkit.errors import TripletkitError
-from tripletkit.train import checkpoint, loop, state
+from tripletkit.train import assembly, checkpoint, state
 from tripletkit.train.state import Progress
 
 FILE = Path("checkpoint_last.pt")
@@ -41,13 +41,13 @@ def config() -> Config:
 
 
 @functools.cache
-def data() -> loop.Data:
+def data() -> assembly.Data:
     found: Store = clustered(4, 2, 3)
-    return loop.Data(found, near_and_far(found, 1))
+    return assembly.Data(found, near_and_far(found, 1))
 
 
-def pieces() -> state.Pieces:
-    return loop.assemble(config(), data(), fresh=False)
+def pieces() -> assembly.Pieces:
+    return assembly.assemble(config(), data(), fresh=False)
 
 
 @functools.cache
