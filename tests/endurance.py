@@ -10,6 +10,8 @@ with 1 if something is not flat.
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import json
 import os
 import shutil
@@ -28,6 +30,7 @@ from tripletkit import fsio
 from tripletkit.config import Config
 from tripletkit.paths import study_paths
 
+C = ctypes.CDLL(None)
 WARM_UP = 5  # trials; libraries are loaded and caches filled in them
 MEMORY_PER_TRIAL = 20.0  # kB; Optuna keeps finished trials in memory, and TPE reads them
 FEW = 200  # trials, in which the memory says more about caches that fill than about trials
@@ -127,7 +130,10 @@ def work() -> None:
 
 
 def sample() -> Sample:
-    """What this process holds."""
+    """What this process holds; what it has freed goes back to the system first."""
+    gc.collect()
+    if hasattr(C, "malloc_trim"):  # glibc
+        C.malloc_trim(0)
     status = Path("/proc/self/status").read_text().splitlines()
     facts = dict(line.split(":", 1) for line in status if ":" in line)
     # One of the files is that of the listing, every time.

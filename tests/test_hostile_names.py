@@ -22,6 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tests import fleet, toy
+from tests.browser import browser  # noqa: F401 - fixture
 from tests.cluster import ACCOUNT
 from tripletkit import cli, log
 from tripletkit import config as configuration
@@ -30,8 +31,6 @@ from tripletkit.config import Config, Slurm
 from tripletkit.errors import ConfigError, StorageError, TripletkitError
 from tripletkit.paths import study_paths
 from tripletkit.tune import database, storage
-
-pytest_plugins = ["tests.browser"]
 
 PACKAGE = Path(configuration.__file__).parents[1]
 # `X` is a file that appears where a shell, and `hit` a variable that is set where a page, obeys.
@@ -322,7 +321,11 @@ def test_commands_show_hostile_names_and_write_below_their_folders(odd, capsys, 
     nothing_happened(root)
 
 
-def test_the_page_shows_hostile_names_runs_nothing_and_asks_nobody(odd, browser, monkeypatch):
+def test_the_page_shows_hostile_names_runs_nothing_and_asks_nobody(
+    odd,
+    browser,  # noqa: F811
+    monkeypatch,
+):
     file, config = odd
     monkeypatch.chdir(file.parent)
     monkeypatch.setitem(sys.modules, "umap", None)  # one map is enough, and it takes long to load

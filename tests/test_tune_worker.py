@@ -4,8 +4,10 @@ import json
 import math
 import multiprocessing
 import os
+import shutil
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import optuna
@@ -297,6 +299,33 @@ def test_bad_trials_are_pruned_and_count(config, monkeypatch):
     assert pruned.value == pruned.intermediate_values[max(pruned.intermediate_values)]
     assert max(pruned.intermediate_values) < 4
     assert attempts_of(config, 5)[0]["outcome"] == "pruned"
+
+
+def test_a_trial_is_not_pruned_before_it_is_where_it_was(config, monkeypatch):
+    """Killed after a report, it goes on from an older checkpoint: the study has the later epoch."""
+    monkeypatch.setattr(worker, "ASKING_SHARE", math.inf)
+    config = configuration.with_values(config, tuning={"n_trials": 1})
+    shared, paths = prepare(config), stages.study_paths(config).trial(0)
+    aside = paths.root.parent / "aside"
+
+    def reported() -> dict[int, float]:
+        return trials_of(shared)[0].intermediate_values
+
+    def stop_at(epoch: int) -> Callable[[], bool]:
+        return lambda: bool(trials_of(shared)) and max(reported(), default=0) >= epoch
+
+    work(config, should_stop=stop_at(1))
+    shutil.copytree(paths.checkpoints, aside)
+    work(config, should_stop=stop_at(3))
+    assert max(reported()) == 3
+    for path in paths.saved():
+        path.unlink()
+    for path in aside.glob("checkpoint_*.pt"):
+        shutil.copy(path, paths.checkpoints)
+    monkeypatch.setattr(optuna.Trial, "should_prune", lambda _: True)
+    work(config)
+    assert trials_of(shared)[0].state.name == "PRUNED"
+    assert [each["epoch"] for each in metrics_of(config, 0)] == sorted(reported()) == [0, 1, 2, 3]
 
 
 def test_asking_whether_to_prune_takes_a_small_share_of_the_time(config, monkeypatch):

@@ -65,7 +65,7 @@ class Server(ThreadingHTTPServer):
         return f"http://127.0.0.1:{self.server_port}"
 
     def answer(self, query: str, variables: Mapping[str, Any]) -> dict[str, Any]:
-        (operation,) = re.findall(r"query\s+(\w+)", query)
+        (operation,) = re.findall(r"query\s+(\w+)", query) or ["Viewer"]
         self.asked.append(operation)
         if operation in ("Viewer", "GetDefaultEntity"):
             return {"viewer": {"id": "1", "entity": self.entity, "username": "ada", "flags": "{}"}}

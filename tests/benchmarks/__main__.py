@@ -22,7 +22,17 @@ import time
 import traceback
 from pathlib import Path
 
-from tests.benchmarks import gpu, measure, peers, pieces, processes, report, scaling, training
+from tests.benchmarks import (
+    gpu,
+    large,
+    measure,
+    peers,
+    pieces,
+    processes,
+    report,
+    scaling,
+    training,
+)
 from tests.benchmarks.measure import Bench, Section, UnavailableError
 from tests.benchmarks.report import Results
 from tripletkit.device import choose_device, make_deterministic
@@ -45,6 +55,7 @@ SECTIONS: dict[str, Section] = {
     "cache": pieces.cache,
     "start": pieces.start,
     "study": processes.study,
+    "large": large.large,
 }
 
 

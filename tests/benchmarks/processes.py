@@ -76,34 +76,42 @@ def _run(bench: Bench, command: Sequence[str], train: Path, val: Path) -> Peak:
         "--set=training.batch_size=1024",
         "--set=training.placement=host",
     ]
+    return run(home, arguments)
+
+
+def run(home: Path, command: Sequence[str]) -> Peak:
+    """Run a command of tripletkit in a folder, which gets its log."""
     log = home / f"{command[0]}.log"
-    began, private = time.perf_counter(), 0.0
+    began, resident, private = time.perf_counter(), 0.0, 0.0
     with log.open("wb") as output, subprocess.Popen(
-        [sys.executable, "-m", "tripletkit", *arguments],
+        [sys.executable, "-m", "tripletkit", *command],
         stdout=output, stderr=output, cwd=home,
     ) as process:  # fmt: skip
         try:
             while not (ended := os.wait4(process.pid, os.WNOHANG))[0]:
-                private = max(private, _private(process.pid))
+                now = _memory(process.pid)
+                # Not what wait4 says: that begins with the memory of who started the process.
+                resident = max(resident, now.get("VmHWM", 0.0))
+                private = max(private, now.get("RssAnon", 0.0))
                 time.sleep(0.02)
         except BaseException:
             process.kill()
             raise
-        _, status, usage = ended
+        _, status, _ = ended
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise RuntimeError(f"tripletkit {command[0]} failed:\n{log.read_text()[-2000:]}")
-    return Peak(usage.ru_maxrss * 1024 / 1e9, private, time.perf_counter() - began)
+    return Peak(resident, private, time.perf_counter() - began)
 
 
-def _private(pid: int) -> float:
-    """Anonymous memory of a process now, in GB: what the page cache does not hold."""
+def _memory(pid: int) -> dict[str, float]:
+    """What a process has now, in GB; `VmHWM` the most that it had, `RssAnon` without mapped files."""
     try:
         status = Path(f"/proc/{pid}/status").read_text()
     except OSError:
-        return 0.0
-    fields = dict(line.split(":", 1) for line in status.splitlines() if ":" in line)
-    return int(fields.get("RssAnon", "0 kB").split()[0]) * 1024 / 1e9
+        return {}
+    fields = dict(line.split(":", 1) for line in status.splitlines() if line.endswith(" kB"))
+    return {name: int(value.split()[0]) * 1024 / 1e9 for name, value in fields.items()}
 
 
 def trials(bench: Bench) -> Iterator[Row]:

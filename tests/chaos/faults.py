@@ -105,6 +105,8 @@ def _told(world: World, fault: Fault, words: str, *command: str) -> Happened:
     """Slurm is told something about the job of a worker, whose log then has `words`."""
     trial, before = _victim(world, fault), world.said()
     job = trial.owner["job"]
+    if world.jobs().get(job) in world.nodes_away:
+        words = ""  # nobody there who passes it on
     world.cluster.run(*command, job)
     return Happened(fault, _name(trial), words, (world.log_of(job),), before)
 
@@ -120,7 +122,7 @@ def _preempt(world: World, fault: Fault) -> Happened:
     node = world.jobs().get(job) or NODES[0]
     wanted = ("--partition=high", "--exclusive", f"--nodelist={node}")
     world.cluster.sbatch(f"sleep {fault.seconds:.0f}", *wanted)
-    words = "DUE TO (PREEMPTION|JOB REQUEUE)|asked to stop"
+    words = "DUE TO (PREEMPTION|JOB REQUEUE)|asked to stop" if node not in world.nodes_away else ""
     return Happened(
         fault, f"{_name(trial)}, and all of {node}", words, (world.log_of(job),), before
     )

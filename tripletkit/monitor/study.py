@@ -121,6 +121,8 @@ def importances(study: optuna.Study, complete: Sequence[FrozenTrial]) -> dict[st
     """
     if len(complete) < ENOUGH:
         return None
+    if len({t.value for t in complete if t.value is not None and math.isfinite(t.value)}) < 2:
+        return {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         evaluator = optuna.importance.PedAnovaImportanceEvaluator()

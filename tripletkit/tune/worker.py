@@ -307,7 +307,8 @@ class _Trial:
             return
         if not self.claim.holds():
             raise TakenOver
-        prune = self.trial.should_prune()
+        # An epoch that is trained again was let pass, and what is judged is the newest report.
+        prune = epoch == max(self._reported()) and self.trial.should_prune()
         self.asked_at = time.monotonic()
         self.asking_took = self.asked_at - now
         if prune:
