@@ -102,12 +102,16 @@ def _torn(world: World, fault: Fault) -> Happened:
 
 
 def _told(world: World, fault: Fault, words: str, *command: str) -> Happened:
-    """Slurm is told something about the job of a worker, whose log then has `words`."""
+    """Slurm is told something about the job of a worker, whose log then has `words`.
+
+    In them `{}` is the number of the worker's trial.
+    """
     trial, before = _victim(world, fault), world.said()
     job = trial.owner["job"]
     if world.jobs().get(job) in world.nodes_away:
         words = ""  # nobody there who passes it on
     world.cluster.run(*command, job)
+    words = words.format(trial.number)
     return Happened(fault, _name(trial), words, (world.log_of(job),), before)
 
 
@@ -129,8 +133,9 @@ def _preempt(world: World, fault: Fault) -> Happened:
 
 
 def _limit(world: World, fault: Fault) -> Happened:
-    """The signal that Slurm sends ahead of the time limit."""
-    return _told(world, fault, "asked to stop", "scancel", "--signal=USR2")
+    """The signal that Slurm sends ahead of the time limit; it may come as the trial ends anyway."""
+    words = "asked to stop|trial {}: (complete|pruned)"
+    return _told(world, fault, words, "scancel", "--signal=USR2")
 
 
 def _cancel(world: World, fault: Fault) -> Happened:
