@@ -231,6 +231,12 @@ def test_an_address_on_the_command_line_can_be_read_by_others(how, tmp_path, mon
     assert TOKEN not in caplog.text
 
 
+@pytest.mark.parametrize("file", ["/dev/zero", "/dev/full"])
+def test_a_file_without_an_end_is_no_address(file):
+    with pytest.raises(ConfigError, match="is no address"):
+        notify.address(file)
+
+
 def test_without_one_there_is_none(monkeypatch):
     monkeypatch.delenv(notify.VARIABLE, raising=False)
     assert notify.address(None) is None

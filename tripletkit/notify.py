@@ -27,6 +27,7 @@ from tripletkit.log import logger
 VARIABLE = "TRIPLETKIT_WEBHOOK"
 TRIES = 3
 TIMEOUT = 10.0  # seconds for one try
+LONGEST = 10_000  # characters of a file with an address; /dev/zero has no end
 PAUSE = 1.0  # seconds before the second try; twice as long before the third
 # Whatever hangs, name resolution included: then the job goes on.
 PATIENCE = TRIES * TIMEOUT + 10.0
@@ -64,7 +65,8 @@ def address(given: str | None) -> str | None:
 
 def _read(file: str) -> str:
     try:
-        return Path(file).expanduser().read_text().strip()
+        with Path(file).expanduser().open() as opened:
+            return opened.read(LONGEST).strip()
     except OSError as error:
         raise _bad(f"is no address https://..., nor a file: {error.strerror}") from None
     except RuntimeError:  # ~nobody-here/...

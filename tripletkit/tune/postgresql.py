@@ -98,6 +98,7 @@ def _address(tuning: Tuning) -> dict[str, Any]:
 
 def _without_values(url: str) -> str:
     address, found, options = url.partition("?")
+    address = re.sub("=.*", "=***", address)  # the question mark was forgotten
     pairs = (option.partition("=") for option in options.split("&"))
     shown = [key + "=***" if equals else "***" for key, equals, _ in pairs]
     return address + found + "&".join(shown) if found else address

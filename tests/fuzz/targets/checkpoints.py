@@ -128,15 +128,15 @@ def _state(content: bytes) -> None:
     """A checkpoint of ours with a few things in it replaced or left out."""
     draw = Draw(content)
     loaded = torch.load(io.BytesIO(good()), weights_only=True)
-    for _ in range(1 + draw.below(3)):
-        loaded = _changed(draw, loaded)
-    if draw.below(8) == 0 and isinstance(loaded, dict):
-        command = f"open({CANARY!r}, 'w').close()"
-        loaded[draw.text().encode(errors="replace").decode()] = Bomb(eval, command)
     try:
+        for _ in range(1 + draw.below(3)):
+            loaded = _changed(draw, loaded)
+        if draw.below(8) == 0 and isinstance(loaded, dict):
+            command = f"open({CANARY!r}, 'w').close()"
+            loaded[draw.text().encode(errors="replace").decode()] = Bomb(eval, command)
         sink = io.BytesIO()
         torch.save(loaded, sink)
-    except Exception:  # noqa: BLE001 - torch does not write such a thing
+    except Exception:  # noqa: BLE001 - torch does not make or write such a thing
         return
     FILE.write_bytes(sink.getvalue())
     read_all()
