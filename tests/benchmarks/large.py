@@ -20,41 +20,52 @@ FINISHED = 5_000
 
 def large(bench: Bench) -> Iterator[Row]:
     """Memory of `status`, `study show` and `report`, and the size of their pages."""
-    home = bench.folder / "large-study"
+    yield from _of_a_study(bench.folder / "large-study")
+    yield from _of_a_run(bench.folder / "large-run")
+
+
+def _of_a_study(home: Path) -> Iterator[Row]:
     fill = storage_module().fill
-    config = configuration.with_values(
-        Config(),
-        global_={"scratch_dir": home, "log_dir": home / "logs"},
+    home.mkdir()
+    config = _configured(
+        home,
         paths={"val_parquet_path": home / "val.parquet"},
         tuning={"storage_path": home / "study.db", "output_dir": home, "n_trials": FINISHED},
     )
-    home.mkdir()
-    fsio.write_text(home / "config.toml", configuration.dump(config))
     study.prepare(config, StudyPaths(home / config.tuning.study_name))
     fill(config, FINISHED)
     of = f"a study of {FINISHED:,} trials"
     for command in (["status"], ["study", "show"]):
         yield _memory(home, command, of)
-    page = home / "report.html"
-    yield _memory(home, ["report", config.tuning.study_name, f"--output={page}"], of)
-    yield _bytes(page, of)
+    yield from _page(home, ["report", config.tuning.study_name], of)
 
-    home = bench.folder / "large-run"
+
+def _of_a_run(home: Path) -> Iterator[Row]:
     home.mkdir()
     train = synthetic.write_parquet(home / "train.parquet", 5_000, DIM)
     val = synthetic.write_parquet(home / "val.parquet", IMAGES, DIM, prefix="v", seed=1)
-    config = configuration.with_values(
-        Config(),
-        global_={"scratch_dir": home, "log_dir": home / "logs"},
+    _configured(
+        home,
         paths={"train_parquet_path": train, "val_parquet_path": val},
         training={"num_epochs": 1, "retrieval_metric_max_queries": 1_000},
     )
-    fsio.write_text(home / "config.toml", configuration.dump(config))
     run(home, ["train"])
-    of = f"a run with {IMAGES:,} images to look at"
+    yield from _page(home, ["report"], f"a run with {IMAGES:,} images to look at")
+
+
+def _configured(home: Path, **sections: dict[str, object]) -> Config:
+    """A config.toml in the folder, which all else goes into."""
+    places = {"scratch_dir": home, "log_dir": home / "logs"}
+    config = configuration.with_values(Config(), global_=places, **sections)
+    fsio.write_text(home / "config.toml", configuration.dump(config))
+    return config
+
+
+def _page(home: Path, command: Sequence[str], of: str) -> Iterator[Row]:
     page = home / "report.html"
-    yield _memory(home, ["report", f"--output={page}"], of)
-    yield _bytes(page, of)
+    yield _memory(home, [*command, f"--output={page}"], of)
+    what = f"the page of `report`, {of}"
+    yield measure.absolute(what, [page.stat().st_size / 1e6], unit="MB")
 
 
 def _memory(home: Path, command: Sequence[str], of: str) -> Row:
@@ -62,8 +73,3 @@ def _memory(home: Path, command: Sequence[str], of: str) -> Row:
     words = " ".join(word for word in command if not word.startswith("-"))
     what = f"peak RSS of `{words}`, {of} ({peak.seconds:.0f} s)"
     return measure.absolute(what, [peak.resident], unit="GB")
-
-
-def _bytes(page: Path, of: str) -> Row:
-    what = f"the page of `report`, {of}"
-    return measure.absolute(what, [page.stat().st_size / 1e6], unit="MB")

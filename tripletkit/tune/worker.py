@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -116,7 +116,7 @@ def run(
         claim = claims.claim(shared, worker, total, job_states, may_start)
         if claim is None:
             _say_why(name, outdated or purse.refused)
-            _tidy(shared, config, paths)
+            _clear_away(config, _over(shared, paths))
             summary.outdated = outdated
             summary.open = bool(outdated)  # in its next start a job reads the new configuration
             return summary
@@ -146,22 +146,24 @@ def _say_why(name: str, refused: object) -> None:
         logger.info("nothing left to do in study %s", name)
 
 
-def _tidy(shared: SharedStudy, config: Config, paths: StudyPaths) -> None:
-    """Do what a worker was killed before it could: clear away behind a trial whose end it had told."""
-    if config.tuning.keep_checkpoints == "best":
-        for trial in shared.study.get_trials(deepcopy=False):
-            if trial.state.is_finished():
-                _clear_away(paths.trial(trial.number))
+def _over(shared: SharedStudy, paths: StudyPaths) -> Iterator[TrialPaths]:
+    """Trials that are over: who told the study of an end may have been killed before it cleared away."""
+    for trial in shared.study.get_trials(deepcopy=False):
+        if trial.state.is_finished():
+            yield paths.trial(trial.number)
 
 
-def _clear_away(paths: TrialPaths) -> None:
-    """Of a trial that is over, and so never goes on, delete all checkpoints but the best."""
-    for path in paths.saved():
-        if path != paths.best:
-            try:
-                path.unlink(missing_ok=True)
-            except OSError as error:  # the trial is well
-                logger.warning("%s stays: %s", path, error.strerror or error)
+def _clear_away(config: Config, over: Iterable[TrialPaths]) -> None:
+    """Of trials that are over, and so never go on, delete the checkpoints nobody asked for."""
+    if config.tuning.keep_checkpoints != "best":
+        return
+    for paths in over:
+        for path in paths.saved():
+            if path != paths.best:
+                try:
+                    path.unlink(missing_ok=True)
+                except OSError as error:  # the trial is well
+                    logger.warning("%s stays: %s", path, error.strerror or error)
 
 
 def _prepared_otherwise(config: Config, paths: StudyPaths) -> str:
@@ -350,7 +352,7 @@ class _Trial:
             return self._taken_over()
         self.claim.shared.study.tell(self.trial, how.get("value"), state=how.get("state"))
         self._note(outcome)
-        self._clear_away()
+        _clear_away(self.config, [self.paths])
         value = f", {self.objective} {how['value']:.4f}" if "value" in how else ""
         logger.info("trial %d: %s%s", self.trial.number, outcome, value)
         return Ended(outcome)
@@ -363,12 +365,8 @@ class _Trial:
         if self.paths.attempts.exists():
             at = None if self.attempting else self.signs.get("seen")  # it was killed before we came
             self._note("failed", cause=kind, message=message, at=at)
-        self._clear_away()
+        _clear_away(self.config, [self.paths])
         return Ended("failed")
-
-    def _clear_away(self) -> None:
-        if self.config.tuning.keep_checkpoints == "best":
-            _clear_away(self.paths)
 
     def _taken_over(self) -> Ended:
         logger.warning("trial %d was taken over by another worker", self.trial.number)
